@@ -1,0 +1,33 @@
+"""Sparse backpropagation for JAX: train the part of a model that matters, compute only that.
+
+A function and a mask go in; a gradient, or a compiled training step, that computes, stores and
+updates only what the mask names comes out.
+"""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from pockjax.autodiff import Fallback as Fallback
+from pockjax.autodiff import grad as grad
+from pockjax.autodiff import value_and_grad as value_and_grad
+from pockjax.autodiff import vjp as vjp
+from pockjax.masks import MaskError as MaskError
+from pockjax.masks import Part as Part
+from pockjax.masks import Rule as Rule
+from pockjax.masks import Scheme as Scheme
+from pockjax.masks import apply_updates as apply_updates
+from pockjax.masks import describe as describe
+from pockjax.masks import mask as mask
+from pockjax.masks import pack as pack
+from pockjax.masks import part as part
+from pockjax.masks import unpack as unpack
+from pockjax.training import Metrics as Metrics
+from pockjax.training import Report as Report
+from pockjax.training import State as State
+from pockjax.training import Step as Step
+from pockjax.training import compile as compile
+
+try:
+    __version__ = _version("pockjax")
+except _PackageNotFoundError:  # running from a source tree that is not installed
+    __version__ = "0.0.0"
