@@ -1,0 +1,95 @@
+"""Jaxprs as data: sizes, splicing, inlining."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dce_jaxpr, new_var
+
+Atom = Var | Literal
+
+
+def size_in_bytes(aval: Any) -> int:
+    """Bytes of an array, or of an array of type ``aval``."""
+    itemsize = getattr(aval.dtype, "itemsize", 8)
+    return math.prod(aval.shape) * itemsize
+
+
+def inlined(jaxpr: Jaxpr) -> Jaxpr:
+    """``jaxpr`` with its nested jits written in place, so that all its operations can be seen."""
+    eqns: list[JaxprEqn] = []
+    constvars, consts = list(jaxpr.constvars), list(jaxpr.consts)
+
+    def visit(inner: Jaxpr, env: dict[Var, Any]) -> list[Any]:
+        def read(atom: Atom) -> Any:
+            return atom if isinstance(atom, Literal) else env.get(atom, atom)
+
+        for var, const in zip(inner.constvars, inner.consts, strict=True):
+            if inner is not jaxpr:
+                env[var] = new_var(var.aval)
+                constvars.append(env[var])
+                consts.append(const)
+        for eqn in inner.eqns:
+            ins = [read(atom) for atom in eqn.invars]
+            if _is_transparent(eqn):
+                callee = eqn.params["jaxpr"]
+                outs = visit(callee, dict(zip(callee.invars, ins, strict=True)))
+                env.update(zip(eqn.outvars, outs, strict=True))
+                continue
+            fresh = [new_var(v.aval) for v in eqn.outvars]
+            env.update(zip(eqn.outvars, fresh, strict=True))
+            eqns.append(eqn.replace(invars=ins, outvars=fresh))
+        return [read(atom) for atom in inner.outvars]
+
+    outvars = visit(jaxpr, {})
+    return jaxpr.replace(constvars=constvars, consts=consts, eqns=eqns, outvars=outvars)
+
+
+def _is_transparent(eqn: JaxprEqn) -> bool:
+    if eqn.primitive.name != "jit":
+        return False
+    shardings = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
+    return all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
+
+
+def spliced(
+    jaxpr: Jaxpr, args: Sequence[Atom], eqns: list[JaxprEqn], outvars: Sequence[Var] | None = None
+) -> list[Atom]:
+    """Appends a jaxpr's equations to ``eqns``, applied to ``args``.
+
+    Args:
+        jaxpr: a jaxpr without constants.
+        args: what its inputs stand for.
+        eqns: the list to append to.
+        outvars: variables that its outputs shall be; each must be computed by it, once.
+
+    Returns:
+        What its outputs are.
+    """
+    names = dict(zip(jaxpr.outvars, outvars, strict=True)) if outvars is not None else {}
+    env: dict[Var, Atom] = dict(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        ins = [a if isinstance(a, Literal) else env[a] for a in eqn.invars]
+        outs = [names.get(v) or new_var(v.aval) for v in eqn.outvars]
+        env.update(zip(eqn.outvars, outs, strict=True))
+        eqns.append(eqn.replace(invars=ins, outvars=outs))
+    return [a if isinstance(a, Literal) else env[a] for a in jaxpr.outvars]
+
+
+def tidied(jaxpr: Jaxpr) -> Jaxpr:
+    """Without dead code and without the constants that nothing reads any more."""
+    jaxpr = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    read = {a for eqn in jaxpr.eqns for a in eqn.invars if isinstance(a, Var)}
+    read.update(a for a in jaxpr.outvars if isinstance(a, Var))
+    pairs = [p for p in zip(jaxpr.constvars, jaxpr.consts, strict=True) if p[0] in read]
+    return jaxpr.replace(constvars=[v for v, _ in pairs], consts=[c for _, c in pairs])
+
+
+def consts_as_inputs(jaxpr: Jaxpr) -> Jaxpr:
+    """The function of its constants and then its inputs."""
+    return jaxpr.replace(
+        constvars=[],
+        consts=[],
+        invars=[*jaxpr.constvars, *jaxpr.invars],
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
