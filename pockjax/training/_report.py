@@ -1,0 +1,263 @@
+"""What a step costs, predicted and compiled, and what the mask left out of it."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from pockjax._paths import flatten_with_paths
+from pockjax.autodiff import Fallback, Joint, differentiate, inlined
+from pockjax.costs import (
+    CompiledCost,
+    count_flops,
+    predict_temp_bytes,
+    reached_params,
+    tree_bytes,
+)
+from pockjax.masks import describe, pack
+from pockjax.training._update import Update
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a mask costs, counted from the jaxpr; bytes and operations per step.
+
+    Attributes:
+        flops: floating-point operations of the loss and its gradient.
+        residual_bytes: what the backward pass keeps from the forward pass, parameters aside.
+        optimizer_bytes: the optimizer's state.
+        gradient_bytes: the packed gradient.
+        trained: number of trained parameters.
+    """
+
+    flops: int
+    residual_bytes: int
+    optimizer_bytes: int
+    gradient_bytes: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter array in a report.
+
+    Attributes:
+        path: its path.
+        shape: its shape.
+        trained: shape of its trained part; None if it is frozen.
+        backward: whether a cotangent passes through the operation that uses it.
+        saved: whether the forward pass saves the input of that operation for its gradient.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    trained: tuple[int, ...] | None
+    backward: bool
+    saved: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step costs and what was left out of it; prints as a table.
+
+    Attributes:
+        predicted: counted from the jaxpr for this mask.
+        full: the same for training every parameter.
+        compiled: what the executable takes, as XLA says.
+        flops: operations of one whole step, optimizer included, loops counted as they run.
+        temp_bytes: predicted peak of intermediate arrays, to stand beside ``compiled.temp_bytes``.
+        residuals: ``"kept"`` or ``"xla"``: which variant was compiled.
+        variants: total bytes of each variant that was compiled.
+        rows: every parameter.
+        fallbacks: where a gradient is computed wider than asked, and why.
+    """
+
+    predicted: Estimate
+    full: Estimate
+    compiled: CompiledCost
+    flops: int
+    temp_bytes: int
+    residuals: str
+    variants: dict[str, int]
+    rows: tuple[ParameterRow, ...]
+    fallbacks: tuple[Fallback, ...]
+
+    @property
+    def residual_bytes(self) -> int:
+        """What the backward pass keeps from the forward pass, parameters aside."""
+        return self.predicted.residual_bytes
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state."""
+        return self.predicted.optimizer_bytes
+
+    @property
+    def dropped_backward(self) -> tuple[str, ...]:
+        """Parameters whose operation has no backward pass at all."""
+        return tuple(row.path for row in self.rows if not row.backward)
+
+    @property
+    def dropped_activations(self) -> tuple[str, ...]:
+        """Parameters whose operation's input is not saved for their gradient."""
+        return tuple(row.path for row in self.rows if not row.saved)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        return {
+            "predicted": {**asdict(self.predicted), "temp_bytes": self.temp_bytes},
+            "full": asdict(self.full),
+            "compiled": self.compiled.as_dict(),
+            "flops": self.flops,
+            "residuals": self.residuals,
+            "variants": self.variants,
+            "parameters": [asdict(row) for row in self.rows],
+            "fallbacks": [{**asdict(f), "message": str(f)} for f in self.fallbacks],
+        }
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """Rows of what, this mask, full backprop, and their ratio; the first is the header."""
+        rows = [("per step", "this mask", "full backprop", "ratio")]
+        for what, name, unit in (
+            ("trained parameters", "trained", ""),
+            ("FLOPs of loss and gradient", "flops", "FLOP"),
+            ("kept for the backward pass", "residual_bytes", "B"),
+            ("gradient", "gradient_bytes", "B"),
+            ("optimizer state", "optimizer_bytes", "B"),
+        ):
+            ours, full = getattr(self.predicted, name), getattr(self.full, name)
+            ratio = f"{full / ours:.2f}x" if ours else "-"
+            rows.append((what, _quantity(ours, unit), _quantity(full, unit), ratio))
+        return rows
+
+    def to_markdown(self) -> str:
+        """The report as Markdown."""
+        header, *rows = self.table()
+        lines = [f"| {' | '.join(header)} |", "|---|---:|---:|---:|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([*lines, "", *self._notes()])
+
+    def __str__(self) -> str:
+        """The report as text."""
+        rows = self.table()
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        return "\n".join([*lines, "", *self._notes()])
+
+    def __rich__(self) -> Any:
+        """The report as a rich table."""
+        from pockjax._extras import require
+
+        require("rich", "cli")
+        from rich.console import Group
+        from rich.table import Table
+
+        header, *rows = self.table()
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*row)
+        return Group(table, *self._notes())
+
+    def _notes(self) -> list[str]:
+        c, temp = self.compiled, _quantity(self.temp_bytes, "B")
+        total, arguments, results, alias, temporary = (
+            _quantity(n, "B")
+            for n in (
+                c.total_bytes, c.argument_bytes, c.output_bytes, c.alias_bytes, c.temp_bytes,
+            )
+        )  # fmt: skip
+        backward, activations = len(self.dropped_backward), len(self.dropped_activations)
+        notes = [
+            f"Compiled: {total} = arguments {arguments} + results {results} - in place {alias} + "
+            f"temporary {temporary} (predicted {temp}); residuals: {self.residuals}.",
+            f"Of {len(self.rows)} parameter arrays, {backward} have no backward pass and for "
+            f"{activations} no activation is saved.",
+        ]
+        if self.fallbacks:
+            notes.append("Computed wider than asked, then sliced:")
+            notes += [f"  {fallback}" for fallback in self.fallbacks]
+        return notes
+
+
+def _quantity(value: float, unit: str) -> str:
+    """A number with a prefix: binary for bytes, decimal for the rest.
+
+    >>> _quantity(1536, "B"), _quantity(2.5e9, "FLOP"), _quantity(12, "")
+    ('1.5 KiB', '2.5 GFLOP', '12')
+    """
+    base, prefixes = (1024, ("", "Ki", "Mi", "Gi", "Ti")) if unit == "B" else (
+        1000, ("", "k", "M", "G", "T", "P"),
+    )  # fmt: skip
+    power = 0
+    while abs(value) >= base and power < len(prefixes) - 1:
+        value, power = value / base, power + 1
+    number = f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{number} {prefixes[power]}{unit}".strip()
+
+
+def make_report(update: Update, costs: dict[str, CompiledCost], chosen: str) -> Report:
+    """Counts, predicts and compares; traces nothing of the user's function again."""
+    mask = update.mask.tree(update.mask.indices)
+    traced = jax.make_jaxpr(update.step(chosen == "kept"))(update.example_state(), *update.batch)
+    return Report(
+        predicted=_estimate(update, update.joint, mask),
+        full=_estimate(update, differentiate(update.primal, True), True),
+        compiled=costs[chosen],
+        flops=count_flops(traced),
+        temp_bytes=predict_temp_bytes(inlined(traced)),
+        residuals=chosen,
+        variants={name: cost.total_bytes for name, cost in costs.items()},
+        rows=_rows(update, mask),
+        fallbacks=update.joint.fallbacks,
+    )
+
+
+def _estimate(update: Update, joint: Joint, mask: Any) -> Estimate:
+    kept = joint.passes.forward.out_avals[joint.n_forward_out :]
+    n_params = len(joint.primal.params.arrays)
+    held = [joint.inputs[i] for i in joint.passes.kept_inputs if i >= n_params]
+    params = joint.primal.params
+    packed = jax.eval_shape(lambda arrays: pack(params.tree(arrays), mask), params.arrays)
+    return Estimate(
+        flops=update.accumulate * count_flops(joint.jaxpr),
+        residual_bytes=tree_bytes([*kept, *held]),
+        optimizer_bytes=tree_bytes(jax.eval_shape(update.tx.init, packed)),
+        gradient_bytes=tree_bytes(packed),
+        trained=sum(x.size for x in jax.tree.leaves(packed)),
+    )
+
+
+def _rows(update: Update, mask: Any) -> tuple[ParameterRow, ...]:
+    description = {row.path: row for row in describe(update.params, mask)}
+    primal = update.primal
+    named = [
+        path
+        for (path, _), yes in zip(
+            flatten_with_paths(update.params)[0], primal.params.is_array, strict=True
+        )
+        if yes
+    ]
+    trained = [description[path].trained_shape is not None for path in named]
+    reached = reached_params(primal.jaxpr, trained)
+    return tuple(
+        ParameterRow(
+            path,
+            description[path].shape,
+            description[path].trained_shape,
+            backward=i in reached,
+            # The gradient of a bias needs no activation.
+            saved=trained[i] and len(description[path].shape) > 1,
+        )
+        for i, path in enumerate(named)
+    )
