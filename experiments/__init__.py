@@ -1,0 +1,1 @@
+"""Measurements of the library, each one command; they use its public interface."""
