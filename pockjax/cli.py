@@ -1,0 +1,56 @@
+"""The command line: `pockjax demo`, `pockjax --version`. No logic of its own."""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from pockjax._extras import MissingExtraError, require
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: The words after `pockjax`; those of the process unless given.
+
+    Returns:
+        The exit code: 0, 1 for an error that was explained, 2 for wrong arguments, 130 for Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if list(arguments) == ["--version"]:
+            print(f"pockjax {version('pockjax')}")
+            return 0
+        return _command(arguments)
+    except MissingExtraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _command(arguments: Sequence[str]) -> int:
+    tyro = require("tyro", "cli")
+    for module in ("rich", "matplotlib", "psutil"):
+        require(module, "cli")
+    for module in ("safetensors", "tokenizers"):
+        require(module, "text")
+    # Here, because they need the extra, and because `--version` need not wait for JAX.
+    from pockjax import demo
+    from pockjax.hub import HubError
+
+    try:
+        config = tyro.extras.subcommand_cli_from_dict(
+            {"demo": demo.DemoConfig},
+            prog="pockjax",
+            args=list(arguments),
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        demo.run(config)
+    except SystemExit as ending:  # tyro printed the help, or what is wrong
+        return ending.code if isinstance(ending.code, int) else 2
+    except (demo.DemoError, HubError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,36 @@
+"""Reference models, in Flax NNX; they know nothing of masks or steps."""
+
+from pockjax.models._blocks import fold_batch_norm as fold_batch_norm
+from pockjax.models._generate import generate as generate
+from pockjax.models._llama_weights import load_llama as load_llama
+from pockjax.models._preprocess import ImagePreprocess as ImagePreprocess
+from pockjax.models._registry import Entry as Entry
+from pockjax.models._registry import entry as entry
+from pockjax.models._registry import load as load
+from pockjax.models._registry import names as names
+from pockjax.models._registry import register as register
+from pockjax.models._registry import weights_path as weights_path
+from pockjax.models.bert import Bert as Bert
+from pockjax.models.bert import BertConfig as BertConfig
+from pockjax.models.bert import load_bert as load_bert
+from pockjax.models.efficientnet_lite import EfficientNetLite as EfficientNetLite
+from pockjax.models.efficientnet_lite import EfficientNetLiteConfig as EfficientNetLiteConfig
+from pockjax.models.efficientnet_lite import load_efficientnet_lite as load_efficientnet_lite
+from pockjax.models.llama import LLAMA_2_7B as LLAMA_2_7B
+from pockjax.models.llama import SMOLLM2_135M as SMOLLM2_135M
+from pockjax.models.llama import STORIES_260K as STORIES_260K
+from pockjax.models.llama import Llama as Llama
+from pockjax.models.llama import LlamaConfig as LlamaConfig
+from pockjax.models.llama import to_scanned as to_scanned
+from pockjax.models.llama import to_unrolled as to_unrolled
+from pockjax.models.mcunet import MCUNet as MCUNet
+from pockjax.models.mcunet import MCUNetConfig as MCUNetConfig
+from pockjax.models.mcunet import load_mcunet as load_mcunet
+from pockjax.models.mcunet import load_quantized_mcunet as load_quantized_mcunet
+from pockjax.models.mobilenet_v2 import MobileNetV2 as MobileNetV2
+from pockjax.models.mobilenet_v2 import MobileNetV2Config as MobileNetV2Config
+from pockjax.models.mobilenet_v2 import load_mobilenet_v2 as load_mobilenet_v2
+from pockjax.models.quantized import QuantizedMobileNet as QuantizedMobileNet
+from pockjax.models.resnet import ResNet as ResNet
+from pockjax.models.resnet import ResNetConfig as ResNetConfig
+from pockjax.models.resnet import load_resnet as load_resnet
