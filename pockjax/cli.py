@@ -1,4 +1,4 @@
-"""The command line: `pockjax demo`, `pockjax --version`. No logic of its own."""
+"""The command line: `pockjax demo`, `pockjax models`, `pockjax --version`. No logic of its own."""
 
 import sys
 from collections.abc import Sequence
@@ -31,26 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: Sequence[str]) -> int:
-    tyro = require("tyro", "cli")
-    for module in ("rich", "matplotlib", "psutil"):
+    for module in ("tyro", "rich", "matplotlib", "psutil"):
         require(module, "cli")
-    for module in ("safetensors", "tokenizers"):
-        require(module, "text")
     # Here, because they need the extra, and because `--version` need not wait for JAX.
-    from pockjax import demo
+    from pockjax._commands import parse
+    from pockjax.demo import DemoError
     from pockjax.hub import HubError
 
     try:
-        config = tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo.DemoConfig},
-            prog="pockjax",
-            args=list(arguments),
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-        demo.run(config)
+        parse(list(arguments)).run()
     except SystemExit as ending:  # tyro printed the help, or what is wrong
         return ending.code if isinstance(ending.code, int) else 2
-    except (demo.DemoError, HubError, FileNotFoundError, ValueError) as error:
+    except (DemoError, HubError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

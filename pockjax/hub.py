@@ -174,7 +174,7 @@ def fetch(source: str | os.PathLike[str] | Source, *, progress: Progress | None 
                 f"known are: {', '.join(sorted(_SOURCES))}"
             )
         source = known
-    target = cache_folder() / "hub" / f"{source.distribution}-{source.version}-{source.sha256[:12]}"
+    target = _target(source)
     if _intact(target, source):
         return target
     try:
@@ -193,6 +193,20 @@ def fetch(source: str | os.PathLike[str] | Source, *, progress: Progress | None 
             f"{_megabytes(3 * source.size)} free, or set POCKJAX_CACHE to another folder."
         ) from error
     return target
+
+
+def is_fetched(source: str) -> bool:
+    """Whether a source is in the cache, so that `fetch` would download nothing.
+
+    Raises:
+        KeyError: No source has that name.
+    """
+    return _intact(_target(_SOURCES[source]), _SOURCES[source])
+
+
+def _target(source: Source) -> Path:
+    name = f"{source.distribution}-{source.version}-{source.sha256[:12]}"
+    return cache_folder() / "hub" / name
 
 
 def _download(source: Source, scratch: Path, progress: Progress | None) -> Path:

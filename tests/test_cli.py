@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,34 @@ def test_wrong_arguments(arguments):
     done = _pockjax(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_models_are_listed(tmp_path):
+    done = _pockjax("models", "list", POCKJAX_CACHE=str(tmp_path))
+    assert done.returncode == 0
+    line = next(line for line in done.stdout.splitlines() if "mobilenet_v2 " in line)
+    assert "to fetch, 13 MB" in line and "MIT" in line
+
+
+def test_weights_are_fetched_by_the_models_name(smollm2):
+    done = _pockjax("models", "get", "smollm2-135m")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == smollm2
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "name at least one model"),
+        (("smollm2-135m", "resnet99"), "no model is named 'resnet99'"),
+        (("resnet20",), "resnet20 has no pretrained weights that can be downloaded"),
+    ],
+)
+def test_models_that_cannot_be_fetched(names, message, tmp_path):
+    done = _pockjax("models", "get", *names, POCKJAX_CACHE=str(tmp_path))
+    assert done.returncode == 1
+    assert f"error: {message}" in done.stderr and "Traceback" not in done.stderr
+    assert not any(tmp_path.rglob("*"))
 
 
 def test_expected_errors_are_one_message(tmp_path):

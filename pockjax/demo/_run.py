@@ -10,7 +10,6 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
@@ -19,6 +18,7 @@ from rich.progress import (
 
 import pockjax as pj
 from pockjax import hub
+from pockjax._downloads import download_bar
 from pockjax.data import Encoded, encode, read_folders, split
 from pockjax.demo._config import DemoConfig, Job, scheme_file
 from pockjax.demo._processes import run_job
@@ -94,15 +94,8 @@ def _check_fit(scheme: Path, weights: Path, *, classes: int) -> None:
 
 
 def _fetch(source: str, console: Console) -> Path:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        bar = progress.add_task(f"fetching {source}", total=None, visible=False)
-        return hub.fetch(
-            source,
-            progress=lambda done, total: progress.update(
-                bar, completed=done, total=total, visible=True
-            ),
-        )
+    with download_bar(source, console) as progress:
+        return hub.fetch(source, progress=progress)
 
 
 def _steps(console: Console) -> Progress:

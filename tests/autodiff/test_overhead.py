@@ -31,6 +31,7 @@ def without_collections() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("rules", MASKS)
 def test_trace(rules: str, scanned: bool, record_property: Callable[[str, object], None]) -> None:

@@ -1,6 +1,7 @@
 """The encoder against one written in numpy, for small random weights and for published ones."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,16 @@ def test_published_encoder_equals_numpy(minilm):
         minilm, ["Shares fell sharply in London.", "The striker scored twice, then limped off."]
     )
     expected = _numpy_embed(_load_tensors(minilm), _BERT, tokens, valid, layers=6, heads=12)
+    error = np.abs(_embed(model, tokens, valid) - expected).max()
+    assert error < 1e-4 * np.abs(expected).max()
+
+
+def test_published_encoder_equals_transformers(minilm):
+    """Tokens and vectors are those of tests/models/oracles/library.py."""
+    expected = np.load(Path(__file__).parent / "data" / "library.npz")["minilm"]
+    tokens = np.random.default_rng(1).integers(0, 30_522, (2, 11))
+    valid = np.arange(11) < np.array([[11], [7]])
+    model = load_bert(minilm, classes=5, rngs=nnx.Rngs(0))
     error = np.abs(_embed(model, tokens, valid) - expected).max()
     assert error < 1e-4 * np.abs(expected).max()
 

@@ -1,15 +1,19 @@
 """Convolutional networks with published weights: against torch, and on photos."""
 
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from pockjax import hub, models
+from pockjax.models.resnet import RESNET_18, RESNET_50, ResNetConfig, published_names
 
 ORACLE = np.load(Path(__file__).parent / "data" / "cnn.npz")
+LIBRARY = np.load(Path(__file__).parent / "data" / "library.npz")
 # What tests/models/oracles/cnn.py drew.
 IMAGES = np.random.default_rng(0).standard_normal((2, 3, 98, 90)).astype(np.float32)
 
@@ -40,12 +44,40 @@ def _photos(folder, count, preprocess):
 
 
 @pytest.mark.parametrize("name", list(ORACLE))
-def test_logits_are_those_of_torch(name, shared_data):
-    model = _load(name, shared_data)
+def test_logits_are_those_of_torch(name, request):
+    folder = request.getfixturevalue("shared_data") if name == "resnet20" else None
+    model = _load(name, folder)
     expected = ORACLE[name]
     for network in (model, models.fold_batch_norm(model)):
         error = np.abs(_logits(network, IMAGES.transpose(0, 2, 3, 1)) - expected).max()
         assert error < 1e-5 * np.abs(expected).max()
+
+
+def _drawn(name, shape):
+    """The weights that tests/models/oracles/library.py drew."""
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    if name.endswith("running_var"):
+        return generator.uniform(0.5, 1.5, shape).astype(np.float32)
+    if len(shape) > 1:
+        return generator.normal(0, (2 / np.prod(shape[1:])) ** 0.5, shape).astype(np.float32)
+    centre = 0.5 if name.endswith("weight") else 0.0
+    return generator.normal(centre, 0.1, shape).astype(np.float32)
+
+
+def _torch_shape(shape):
+    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+
+
+@pytest.mark.parametrize(("name", "config"), [("resnet18", RESNET_18), ("resnet50", RESNET_50)])
+def test_logits_are_those_of_torchvision(name: str, config: ResNetConfig, tmp_path):
+    names = published_names(config)
+    shapes = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: models.load(name, weights=None))))
+    theirs = {names["/".join(map(str, path))]: _torch_shape(v.shape) for path, v in shapes}
+    file = tmp_path / "drawn.safetensors"
+    save_file({name: _drawn(name, shape) for name, shape in theirs.items()}, file)
+    found = _logits(models.load(name, weights=file), IMAGES.transpose(0, 2, 3, 1))
+    error = np.abs(found - LIBRARY[name]).max()
+    assert error < 1e-4 * np.abs(LIBRARY[name]).max()
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_lite0"])

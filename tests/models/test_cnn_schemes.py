@@ -14,7 +14,14 @@ from pockjax import models
 from tests.models.made import made
 
 SCHEMES = {path.stem: path for path in (Path(__file__).parents[2] / "configs/schemes").glob("*")}
-NETWORKS = ("mobilenet_v2", "mcunet-5fps", "proxyless-w0.3", "mbv2-w0.35", "resnet50")
+NETWORKS = (
+    "mobilenet_v2",
+    "mcunet-5fps",
+    "proxyless-w0.3",
+    "mbv2-w0.35",
+    "resnet50",
+    "efficientnet_lite0",
+)
 NAMED = sorted(name for name in SCHEMES if pj.Scheme.load(SCHEMES[name]).model in NETWORKS)
 # One of each network is compiled and run; the others are traced and lowered.
 RUN = ("mobilenet_v2", "mcunet_99kb", "proxyless_w03_98kb", "mbv2_w035_99kb", "resnet50")
@@ -43,7 +50,7 @@ def _model(name):
 
 def test_every_network_is_registered():
     assert set(NETWORKS) <= set(models.names())
-    assert len(NAMED) == 17
+    assert len(NAMED) == 18
 
 
 @pytest.mark.parametrize("name", NAMED)
