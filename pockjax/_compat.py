@@ -47,7 +47,6 @@ __all__ = [
     "primal_of",
     "scan_arity",
     "shape_of",
-    "stacked",
     "subjaxprs",
     "type_context",
     "with_subjaxprs",
@@ -66,11 +65,6 @@ def shape_of(atom: Any) -> tuple[int, ...]:
 def dtype_of(atom: Any) -> Any:
     """Dtype of a jaxpr's variable or literal."""
     return atom.aval.dtype
-
-
-def stacked(atom: Any, length: int) -> Any:
-    """The type of ``length`` arrays like ``atom``, stacked."""
-    return _public_core.ShapedArray((length, *shape_of(atom)), dtype_of(atom))
 
 
 @contextmanager

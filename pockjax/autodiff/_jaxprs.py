@@ -16,19 +16,23 @@ def size_in_bytes(aval: Any) -> int:
 
 
 def inlined(jaxpr: Jaxpr) -> Jaxpr:
-    """``jaxpr`` with its nested jits written in place, so that all its operations can be seen."""
+    """``jaxpr`` with its nested jits written in place, so that all its operations can be seen.
+
+    All its variables are new. JAX caches jaxprs, so that two loops may have bodies of the very same
+    variables; equations of one can be moved into the other only if these differ.
+    """
     eqns: list[JaxprEqn] = []
-    constvars, consts = list(jaxpr.constvars), list(jaxpr.consts)
+    constvars: list[Var] = []
+    consts: list[Any] = []
 
     def visit(inner: Jaxpr, env: dict[Var, Any]) -> list[Any]:
         def read(atom: Atom) -> Any:
-            return atom if isinstance(atom, Literal) else env.get(atom, atom)
+            return atom if isinstance(atom, Literal) else env[atom]
 
         for var, const in zip(inner.constvars, inner.consts, strict=True):
-            if inner is not jaxpr:
-                env[var] = new_var(var.aval)
-                constvars.append(env[var])
-                consts.append(const)
+            env[var] = new_var(var.aval)
+            constvars.append(env[var])
+            consts.append(const)
         for eqn in inner.eqns:
             ins = [read(atom) for atom in eqn.invars]
             if _is_transparent(eqn):
@@ -41,8 +45,11 @@ def inlined(jaxpr: Jaxpr) -> Jaxpr:
             eqns.append(eqn.replace(invars=ins, outvars=fresh))
         return [read(atom) for atom in inner.outvars]
 
-    outvars = visit(jaxpr, {})
-    return jaxpr.replace(constvars=constvars, consts=consts, eqns=eqns, outvars=outvars)
+    invars = [new_var(v.aval) for v in jaxpr.invars]
+    outvars = visit(jaxpr, dict(zip(jaxpr.invars, invars, strict=True)))
+    return jaxpr.replace(
+        constvars=constvars, consts=consts, invars=invars, eqns=eqns, outvars=outvars
+    )
 
 
 def _is_transparent(eqn: JaxprEqn) -> bool:
@@ -52,28 +59,29 @@ def _is_transparent(eqn: JaxprEqn) -> bool:
     return all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
 
 
-def spliced(
-    jaxpr: Jaxpr, args: Sequence[Atom], eqns: list[JaxprEqn], outvars: Sequence[Var] | None = None
-) -> list[Atom]:
+def spliced(jaxpr: Jaxpr, args: Sequence[Atom], eqns: list[JaxprEqn]) -> list[Atom]:
     """Appends a jaxpr's equations to ``eqns``, applied to ``args``.
 
     Args:
         jaxpr: a jaxpr without constants.
         args: what its inputs stand for.
         eqns: the list to append to.
-        outvars: variables that its outputs shall be; each must be computed by it, once.
 
     Returns:
-        What its outputs are.
+        What its outputs are; some may be ``args``.
     """
-    names = dict(zip(jaxpr.outvars, outvars, strict=True)) if outvars is not None else {}
     env: dict[Var, Atom] = dict(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         ins = [a if isinstance(a, Literal) else env[a] for a in eqn.invars]
-        outs = [names.get(v) or new_var(v.aval) for v in eqn.outvars]
+        outs = [new_var(v.aval) for v in eqn.outvars]
         env.update(zip(eqn.outvars, outs, strict=True))
         eqns.append(eqn.replace(invars=ins, outvars=outs))
     return [a if isinstance(a, Literal) else env[a] for a in jaxpr.outvars]
+
+
+def renamed(atoms: Sequence[Atom], names: dict[Var, Atom]) -> list[Atom]:
+    """``atoms`` with those that have another name replaced."""
+    return [a if isinstance(a, Literal) else names.get(a, a) for a in atoms]
 
 
 def tidied(jaxpr: Jaxpr) -> Jaxpr:

@@ -20,12 +20,10 @@ from pockjax._compat import (
     Var,
     dtype_of,
     eval_jaxpr,
-    new_var,
     scan_arity,
     shape_of,
 )
-from pockjax._compat import stacked as stacked_type
-from pockjax.autodiff._jaxprs import Atom, inlined, size_in_bytes, spliced, tidied
+from pockjax.autodiff._jaxprs import Atom, inlined, renamed, size_in_bytes, spliced, tidied
 from pockjax.autodiff._residuals import cheapest_cut
 
 
@@ -76,15 +74,24 @@ def thin_scans(jaxpr: Jaxpr) -> Jaxpr:
     # One slot an equation, so that positions stay while a slot's equations are replaced.
     slots = [[eqn] for eqn in jaxpr.eqns]
     scans = [i for i, eqn in enumerate(jaxpr.eqns) if _is_local_scan(eqn)]
+    outvars = list(jaxpr.outvars)
     free = {*jaxpr.invars, *jaxpr.constvars}
     for i, later in enumerate(scans):
         for earlier in scans[:i]:
             flat = [eqn for slot in slots for eqn in slot]
             first, second = _scan_in(slots[earlier]), _scan_in(slots[later])
-            pair = _thinned(first, second, free, _readers(flat, jaxpr))
-            if pair is not None:
-                slots[earlier], slots[later] = pair
-    return jaxpr.replace(eqns=[eqn for slot in slots for eqn in slot])
+            pair = _thinned(first, second, free, _readers(flat, outvars))
+            if pair is None:
+                continue
+            slots[earlier], slots[later], names = pair
+            for slot in slots[earlier + 1 :]:
+                slot[:] = [eqn.replace(invars=renamed(eqn.invars, names)) for eqn in slot]
+            outvars = renamed(outvars, names)
+    return jaxpr.replace(
+        eqns=[eqn for slot in slots for eqn in slot],
+        outvars=outvars,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
 
 
 def _is_local_scan(eqn: JaxprEqn) -> bool:
@@ -97,18 +104,22 @@ def _scan_in(slot: Sequence[JaxprEqn]) -> JaxprEqn:
     return scan
 
 
-def _readers(eqns: Sequence[JaxprEqn], jaxpr: Jaxpr) -> dict[Var, int]:
+def _readers(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> dict[Var, int]:
     """How often each variable is read."""
     counts: dict[Var, int] = {}
-    for atom in [a for eqn in eqns for a in eqn.invars] + list(jaxpr.outvars):
+    for atom in [a for eqn in eqns for a in eqn.invars] + list(outvars):
         if isinstance(atom, Var):
             counts[atom] = counts.get(atom, 0) + 1
     return counts
 
 
+# Two loops, and what their old outputs are now.
+type _Pair = tuple[list[JaxprEqn], list[JaxprEqn], dict[Var, Atom]]
+
+
 def _thinned(
     first: JaxprEqn, second: JaxprEqn, free: set[Var], readers: dict[Var, int]
-) -> tuple[list[JaxprEqn], list[JaxprEqn]] | None:
+) -> _Pair | None:
     """The two loops with cheap residuals moved from the first to the second."""
     if first.params["length"] != second.params["length"]:
         return None
@@ -149,37 +160,34 @@ def _rebuilt(
     kept_consts: Sequence[Var],
     kept_xs: Sequence[Var],
     stacked: Sequence[Var],
-) -> tuple[list[JaxprEqn], list[JaxprEqn]]:
+) -> _Pair:
     """The loops after residuals ``wanted`` gave way to ``stacked`` and what the inputs hold."""
     f_consts, _, f_xs = forward.body_inputs()
     n = forward.n_carry
     ys = list(zip(forward.ys, forward.body.outvars[n:], strict=True))
     staying = [(outer, inner) for outer, inner in ys if outer not in wanted]
-    new_ys = [new_var(stacked_type(v, forward.eqn.params["length"])) for v in stacked]
     body = forward.body.replace(
         outvars=[*forward.body.outvars[:n], *(inner for _, inner in staying), *stacked],
         debug_info=forward.body.debug_info.with_unknown_names(),
     )
-    first = _scan_eqns(
-        forward, body, forward.consts, forward.xs,
-        [*forward.eqn.outvars[:n], *(outer for outer, _ in staying), *new_ys],
-    )  # fmt: skip
+    first, outs = _scan_eqns(forward, body, forward.consts, forward.inits, forward.xs)
+    old = [*forward.eqn.outvars[:n], *(outer for outer, _ in staying)]
+    names, new_ys = dict(zip(old, outs[: len(old)], strict=True)), outs[len(old) :]
 
     # In the backward body the residuals are no inputs any more, but values computed at its start.
     b_consts, b_carry, b_xs = backward.body_inputs()
-    renamed: dict[Var, Any] = {}
+    inside: dict[Var, Atom] = {}
     xs_kept = []
     for inner, outer in zip(b_xs, backward.xs, strict=True):
         if outer in wanted:
-            renamed[inner] = wanted[outer]
+            inside[inner] = wanted[outer]
         else:
             xs_kept.append((inner, outer))
     sources = dict(zip([*f_consts, *f_xs], [*forward.consts, *forward.xs], strict=True))
     eqns = [
         *recomputed,
-        *(eqn.replace(invars=[_renamed(a, renamed) for a in eqn.invars])
-          for eqn in backward.body.eqns),
-    ]  # fmt: skip
+        *(eqn.replace(invars=renamed(eqn.invars, inside)) for eqn in backward.body.eqns),
+    ]
     consts = dict(zip(
         [*forward.body.constvars, *backward.body.constvars],
         [*forward.body.consts, *backward.body.consts], strict=True,
@@ -191,27 +199,30 @@ def _rebuilt(
             *b_consts, *kept_consts, *b_carry,
             *(inner for inner, _ in xs_kept), *kept_xs, *stacked,
         ],
-        outvars=[_renamed(a, renamed) for a in backward.body.outvars],
+        outvars=renamed(backward.body.outvars, inside),
         eqns=eqns,
         debug_info=backward.body.debug_info.with_unknown_names(),
     )  # fmt: skip
-    second = _scan_eqns(
+    second, outs = _scan_eqns(
         backward, body,
-        [*backward.consts, *(sources[v] for v in kept_consts)],
-        [*(outer for _, outer in xs_kept), *(sources[v] for v in kept_xs), *new_ys],
-        backward.eqn.outvars,
+        renamed([*backward.consts, *(sources[v] for v in kept_consts)], names),
+        renamed(backward.inits, names),
+        [
+            *renamed([*(outer for _, outer in xs_kept), *(sources[v] for v in kept_xs)], names),
+            *new_ys,
+        ],
     )  # fmt: skip
-    return first, second
-
-
-def _renamed(atom: Any, names: dict[Var, Any]) -> Any:
-    return atom if isinstance(atom, Literal) else names.get(atom, atom)
+    names.update(zip(backward.eqn.outvars, outs, strict=True))
+    return first, second, names
 
 
 def _scan_eqns(
-    like: _Loop, body: Jaxpr, consts: Sequence[Atom], xs: Sequence[Atom], outvars: Sequence[Var]
-) -> list[JaxprEqn]:
-    """The equations of a scan over another body, traced through the public call."""
+    like: _Loop, body: Jaxpr, consts: Sequence[Atom], inits: Sequence[Atom], xs: Sequence[Atom]
+) -> tuple[list[JaxprEqn], list[Atom]]:
+    """The equations of a scan over another body, traced through the public call, and its outputs.
+
+    An output may be an input: JAX hands on what a body passes through unchanged.
+    """
     params = like.eqn.params
     n_consts, n_carry = len(consts), like.n_carry
     body = tidied(body)
@@ -231,8 +242,8 @@ def _scan_eqns(
         )  # fmt: skip
         return [*carry, *ys]
 
-    atoms = [*consts, *like.inits, *xs]
+    atoms = [*consts, *inits, *xs]
     shapes = [jax.ShapeDtypeStruct(shape_of(a), dtype_of(a)) for a in atoms]
     eqns: list[JaxprEqn] = []
-    spliced(jax.make_jaxpr(call)(*shapes), atoms, eqns, outvars)
-    return eqns
+    outs = spliced(jax.make_jaxpr(call)(*shapes), atoms, eqns)
+    return eqns, outs

@@ -316,6 +316,66 @@ def test_remat_is_kept(scanned: bool) -> None:
     assert found <= 1.05 * LAYERS * x.nbytes
 
 
+# --- loops whose bodies are rebuilt ---------------------------------------------------------------
+
+
+def assert_vjp_is_dense(fun: Callable[..., Any], mask: Any, params: Any, *args: Any) -> None:
+    held_bytes(lambda *args: fun(*args)[None], mask, params, *args)
+
+
+def test_loops_of_one_cached_body() -> None:
+    """A jitted layer called twice is one jaxpr, so both of its loops have the same variables."""
+    offsets = jnp.arange(4.0)
+
+    @jax.jit
+    def layer(w: jax.Array, xs: jax.Array) -> jax.Array:
+        def step(carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = jnp.sin(w * x + offsets)
+            return carry + y.sum(), y
+
+        return jax.lax.scan(step, jnp.zeros(()), xs)[1]
+
+    def fun(params: Any, xs: jax.Array) -> jax.Array:
+        ys = layer(params["b"], layer(params["a"], xs))
+        return jnp.sum(params["scale"] * ys**2)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {name: jax.random.normal(k, (4,)) for name, k in zip("ab", keys, strict=False)}
+    params["scale"] = jnp.ones(4)
+    xs = jax.random.normal(keys[2], (6, 4))
+    for trained in ({"scale"}, {"a"}, {"b", "scale"}):
+        mask = {name: name in trained for name in params}
+        assert_vjp_is_dense(fun, mask, params, xs)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_loops_that_hand_a_value_through(reverse: bool) -> None:
+    """A loss summed up over the layers has a cotangent that every layer hands on unchanged."""
+
+    def fun(params: Any, x: jax.Array) -> jax.Array:
+        def layer(carry: Any, weights: Any) -> Any:
+            x, total, scale = carry
+            x = jnp.tanh(x @ weights[0]) * jnp.sin(x + weights[1])
+            return (x, total + scale * jnp.sin(x).sum(), scale), (weights[1], x)
+
+        start = (x, 0.0, params["scale"])
+        layers = (params["w"], params["b"])
+        (x, total, scale), (biases, xs) = jax.lax.scan(layer, start, layers, reverse=reverse)
+        return total * 2 + x.sum() + scale * biases.sum() + jnp.sum(xs**2)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "w": jax.random.normal(keys[0], (5, 8, 8)) * 0.3,
+        "b": jax.random.normal(keys[1], (5, 8)),
+        "scale": jnp.ones(()),
+    }
+    x = jax.random.normal(keys[2], (3, 8))
+    for weights in (pj.part[2:], pj.part[:, :4], True):
+        for biases in (False, True):
+            mask = {"w": weights, "b": biases, "scale": biases}
+            assert_vjp_is_dense(fun, mask, params, x)
+
+
 # --- vjp_fn as an object --------------------------------------------------------------------------
 
 
