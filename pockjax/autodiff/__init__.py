@@ -9,6 +9,7 @@ from pockjax.autodiff._trace import Arrays as Arrays
 from pockjax.autodiff._trace import Joint as Joint
 from pockjax.autodiff._trace import Primal as Primal
 from pockjax.autodiff._trace import differentiate as differentiate
+from pockjax.autodiff._trace import is_array as is_array
 from pockjax.autodiff._trace import trace as trace
 from pockjax.autodiff._transform import grad as grad
 from pockjax.autodiff._transform import value_and_grad as value_and_grad

@@ -36,7 +36,7 @@ class Arrays:
     def of(cls, tree: PyTree) -> "Arrays":
         """Finds the arrays of a tree."""
         leaves, treedef = jax.tree.flatten(tree)
-        return cls(treedef, tuple(leaves), tuple(map(_is_array, leaves)))
+        return cls(treedef, tuple(leaves), tuple(map(is_array, leaves)))
 
     @property
     def arrays(self) -> list[Any]:
@@ -56,7 +56,8 @@ class Arrays:
         return self.treedef.unflatten([next(remaining) if yes else x for x, yes in pairs])
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or the shape of one, which a program can have as its input."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 

@@ -209,7 +209,9 @@ def _quantity(value: float, unit: str) -> str:
 def make_report(update: Update, costs: dict[str, CompiledCost], chosen: str) -> Report:
     """Counts, predicts and compares; traces nothing of the user's function again."""
     mask = update.mask.tree(update.mask.indices)
-    traced = jax.make_jaxpr(update.step(chosen == "kept"))(update.example_state(), *update.batch)
+    traced = jax.make_jaxpr(update.step(chosen == "kept"))(
+        update.example_state, *update.arrays_of(update.batch)
+    )
     return Report(
         predicted=_estimate(update, update.joint, mask),
         full=_estimate(update, differentiate(update.primal, True), True),

@@ -1,16 +1,24 @@
 """What a step reads, replaces and returns."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 
+from pockjax.autodiff import is_array
+
 PyTree = Any
+
+_UNKNOWN: Any = object()
 
 
 @dataclass(frozen=True)
 class State:
     """Everything a step reads and replaces; donated to each call.
+
+    As a pytree its leaves are arrays alone: what else the parameters hold (the functions and flags
+    of Equinox modules) is part of its structure, so that the state of any model can go through a
+    compiled step.
 
     Attributes:
         params: all parameters, trained and frozen.
@@ -25,23 +33,33 @@ class State:
     step: jax.Array
     indices: tuple[jax.Array, ...] = ()
     key: jax.Array | None = None
+    # Which leaves of params are no arrays, once that has been found out: mapped over, a tree of
+    # arrays may become one of numbers or functions.
+    _static: Any = field(default=_UNKNOWN, repr=False, compare=False)
 
     def replace(self, **changes: Any) -> "State":
         """The state with some fields changed."""
+        if "params" in changes:
+            changes = {"_static": _UNKNOWN, **changes}
         return replace(self, **changes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and copy: what was found out about the leaves is found out again."""
+        return State, (self.params, self.opt_state, self.step, self.indices, self.key)
 
 
 def _flatten(state: State) -> tuple[tuple[Any, ...], Any]:
-    # Leaves that are no arrays (the functions that Equinox modules hold) are part of the structure,
-    # so that the state of any model can go through a compiled step.
-    leaves, treedef = jax.tree.flatten(state.params)
-    dynamic = [_is_dynamic(leaf) for leaf in leaves]
-    if all(dynamic):
-        params, static = state.params, None
-    else:
-        pairs = list(zip(leaves, dynamic, strict=True))
+    static, params = state._static, state.params
+    if static is _UNKNOWN:
+        leaves, treedef = jax.tree.flatten(params)
+        dynamic = tuple(map(is_array, leaves))
+        pairs = zip(leaves, dynamic, strict=True)
+        values = tuple(None if yes else x for x, yes in pairs)
+        static = None if all(dynamic) else (treedef, dynamic, values)
+    if static is not None:
+        treedef, dynamic, _ = static
+        pairs = zip(treedef.flatten_up_to(params), dynamic, strict=True)
         params = treedef.unflatten([x if yes else None for x, yes in pairs])
-        static = (treedef, tuple(None if yes else x for x, yes in pairs))
     children = (params, state.opt_state, state.step, state.indices, state.key)
     return tuple(zip(map(jax.tree_util.GetAttrKey, _FIELDS), children, strict=True)), static
 
@@ -49,15 +67,10 @@ def _flatten(state: State) -> tuple[tuple[Any, ...], Any]:
 def _unflatten(static: Any, children: Any) -> State:
     params, *others = children
     if static is not None:
-        treedef, leaves = static
-        dynamic = treedef.flatten_up_to(params)
-        pairs = zip(dynamic, leaves, strict=True)
-        params = treedef.unflatten([x if leaf is None else leaf for x, leaf in pairs])
-    return State(params, *others)
-
-
-def _is_dynamic(leaf: Any) -> bool:
-    return not callable(leaf) and not isinstance(leaf, str | bytes)
+        treedef, dynamic, values = static
+        triples = zip(treedef.flatten_up_to(params), dynamic, values, strict=True)
+        params = treedef.unflatten([x if yes else value for x, yes, value in triples])
+    return State(params, *others, _static=static)
 
 
 _FIELDS = ("params", "opt_state", "step", "indices", "key")
@@ -69,7 +82,8 @@ class Metrics(NamedTuple):
 
     Attributes:
         loss: the loss; with gradient accumulation its mean over the microbatches.
-        aux: what the function returned with it; with accumulation stacked along a new first axis.
+        aux: what the function returned with it; with gradient accumulation those of the
+            microbatches, stacked along a new first axis.
     """
 
     loss: jax.Array

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pockjax.autodiff import IndexedMask
+from pockjax.autodiff import IndexedMask, is_array
 from pockjax.costs import CompiledCost
 from pockjax.masks import MaskError, pack, resolve
 from pockjax.training._report import Report, make_report
 from pockjax.training._state import Metrics, State
-from pockjax.training._update import Update, check_batch, difference, shapes_of
+from pockjax.training._trees import check_batch, difference, shapes_of
+from pockjax.training._update import Update
 
 PyTree = Any
 Residuals = Literal["auto", "kept", "xla"]
@@ -35,19 +36,27 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
 
     Args:
         fun: ``fun(params, *batch)``, or ``fun(params, *batch, key)`` if a key is given: the loss, a
-            real scalar, or with ``has_aux`` a pair of the loss and any pytree of arrays.
+            real scalar, or with ``has_aux`` a pair of the loss and any pytree of arrays. As in
+            `jax.jit` it is traced: what it does beside computing happens once, now.
         mask: what to train. Indices given as `jax.Array` become part of the state and can be
             exchanged later, see `Step.reselect`.
-        tx: any optax transformation. It sees the trained parts alone, so its state, weight decay
-            and gradient norms are theirs.
-        params: the parameters, or their shapes (`jax.ShapeDtypeStruct`).
-        *batch: an example of the other arguments, arrays or shapes.
-        has_aux: whether ``fun`` returns auxiliary outputs (metrics, batch statistics).
+        tx: an optax transformation. It sees the trained parts alone, so its state, weight decay
+            and gradient norms are theirs. Beside the gradient it may ask by name for ``value``, the
+            loss, and ``grad``, but not for the function itself, as a line search does.
+        params: the parameters, or their shapes (`jax.ShapeDtypeStruct`). If they were put on a mesh
+            or a device, the state lives and stays there. Leaves that are no arrays, such as the
+            flags and functions of Equinox modules, are constants of the step.
+        *batch: an example of the other arguments, arrays or shapes. Python numbers count as arrays
+            and may change from step to step; truth values, text and all else are constants.
+        has_aux: whether ``fun`` returns auxiliary outputs (metrics, batch statistics). With
+            ``accumulate`` those of the microbatches are stacked along a new first axis.
         accumulate: number of microbatches that the first axis of every batch array is cut into;
-            their gradients are averaged, and memory is that of one of them.
+            their gradients are averaged, and memory is that of one of them. Scalars are not cut:
+            each microbatch gets them whole.
         key: a random key. Each step hands ``fun`` a key of its own, derived from this one.
         merge_aux: ``merge_aux(params, aux) -> params``, called after each update: writes what the
-            forward pass computed (batch statistics) into frozen parameters.
+            forward pass computed (batch statistics) into frozen parameters. With ``accumulate`` it
+            gets the stacked aux, and must take the mean or the last over its first axis.
         residuals: ``"kept"`` fixes what the backward pass keeps to the fewest bytes, which halves
             the memory of many networks; ``"xla"`` leaves the choice to XLA; ``"auto"`` compiles
             both and takes the one that needs less memory.
@@ -57,8 +66,9 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
 
     Raises:
         MaskError: if the mask does not fit ``params``.
-        TypeError: if ``fun`` does not return one real scalar.
-        ValueError: if ``accumulate`` does not divide the batch.
+        TypeError: if ``fun`` does not return one real scalar, if ``tx`` asks for what a step does
+            not have, or if ``tx`` or ``merge_aux`` change shapes or dtypes of what they return.
+        ValueError: if ``accumulate`` does not divide the batch, or for ``merge_aux`` without aux.
 
     >>> import pockjax as pj
     >>> params = {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}
@@ -72,12 +82,14 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     """
     if residuals not in ("auto", "kept", "xla"):
         raise ValueError(f"residuals must be 'auto', 'kept' or 'xla', got {residuals!r}")
+    if merge_aux is not None and not has_aux:
+        raise ValueError("merge_aux needs auxiliary outputs: a function with has_aux=True")
     resolve(params, mask)
+    batch = shapes_of(batch, numbers=True)
     check_batch(batch, accumulate)
     update = Update(
-        fun, IndexedMask.of(mask), tx, shapes_of(params), shapes_of(batch), has_aux, accumulate,
-        key, merge_aux,
-    )  # fmt: skip
+        fun, IndexedMask.of(mask), tx, shapes_of(params), batch, has_aux, accumulate, key, merge_aux
+    )
     variants = {"auto": ("kept", "xla")}.get(residuals, (residuals,))
     compiled = {name: _compiled(update, name == "kept") for name in variants}
     costs = {name: CompiledCost.of(executable) for name, executable in compiled.items()}
@@ -86,8 +98,10 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
 
 
 def _compiled(update: Update, kept: bool) -> Any:
-    step = jax.jit(update.step(kept), donate_argnums=0)
-    return step.lower(update.example_state(), *update.batch).compile()
+    # A state goes in where it came out, so the one must be said to be the other.
+    shardings = None if update.shardings is None else (update.shardings, None)
+    step = jax.jit(update.step(kept), donate_argnums=0, out_shardings=shardings)
+    return step.lower(update.example_state, *update.arrays_of(update.batch)).compile()
 
 
 class Step:
@@ -117,28 +131,46 @@ class Step:
             TypeError: if params differ from what was compiled; the message names the path.
             MaskError: if the mask is not the one compiled.
         """
-        problem = difference(self._update.params, params, "parameter")
+        advice = "; compile another step for it"
+        problem = difference(self._update.params, params, "parameter", advice=advice)
         if problem is not None:
             raise TypeError(problem)
         indexed = self._update.mask if mask is None else self._same_mask(params, mask)
-        if self._update.key is not None:
-            key = jnp.copy(self._update.key if key is None else key)
-        elif key is not None:
-            raise TypeError("a key was given, but the step was compiled without one")
-        if not donate:
-            params = jax.tree.map(lambda x: jnp.copy(x) if hasattr(x, "dtype") else x, params)
+        key = self._own_key(key)
+        params = jax.tree.map(
+            lambda a, x: jnp.array(x, copy=not donate) if is_array(a) else a,
+            self._update.params,
+            params,
+        )
         return self._update.new_state(params, tuple(map(jnp.copy, indexed.indices)), key)
+
+    def _own_key(self, key: Any) -> jax.Array | None:
+        """A copy of the key to begin with."""
+        compiled = self._update.key
+        if compiled is None:
+            if key is not None:
+                raise TypeError("a key was given, but the step was compiled without one")
+            return None
+        key = compiled if key is None else key
+        problem = difference(shapes_of(compiled), key, "key")
+        if problem is not None:
+            raise TypeError(
+                f"{problem}; jax.random.key and jax.random.PRNGKey make different kinds"
+            )
+        return jnp.copy(key)
 
     def __call__(self, state: State, *batch: Any) -> tuple[State, Metrics]:
         """Runs one step.
 
         Raises:
-            TypeError: if the batch differs in structure, shape or dtype from what was compiled.
+            TypeError: if the batch differs in structure, shape, dtype or constants from what was
+                compiled.
         """
+        arrays = self._update.arrays_of(batch)
         try:
-            return self._compiled(state, *batch)
+            return self._compiled(state, *arrays)
         except (TypeError, ValueError) as error:
-            problem = difference(self._update.batch, batch, "batch argument")
+            problem = self._update.difference(batch)
             if problem is None:
                 raise
             raise TypeError(problem) from error
@@ -160,7 +192,8 @@ class Step:
         indexed = self._same_mask(state.params, mask)
         packed = pack(state.params, mask)
         indices = tuple(map(jnp.copy, indexed.indices))
-        return state.replace(opt_state=self._update.tx.init(packed), indices=indices)
+        state = state.replace(opt_state=self._update.tx.init(packed), indices=indices)
+        return self._update.placed(state)
 
     def _same_mask(self, params: PyTree, mask: PyTree) -> IndexedMask:
         resolve(params, mask)

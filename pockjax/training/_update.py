@@ -11,10 +11,19 @@ import optax
 from jax import lax
 
 from pockjax._compat import eval_jaxpr
-from pockjax._paths import flatten_with_paths
-from pockjax.autodiff import IndexedMask, Joint, Primal, differentiate, trace
+from pockjax.autodiff import (
+    Arrays,
+    IndexedMask,
+    Joint,
+    Primal,
+    differentiate,
+    is_array,
+    trace,
+)
 from pockjax.masks import apply_updates, pack
+from pockjax.training._placement import home_of, shardings_of
 from pockjax.training._state import Metrics, State
+from pockjax.training._trees import difference, same, shapes_of, unaliased
 
 PyTree = Any
 
@@ -27,8 +36,8 @@ class Update:
         fun: the loss.
         mask: what to train, its traced indices apart.
         tx: the optimizer.
-        params: shapes of the parameters.
-        batch: shapes of the batch.
+        params: shapes of the parameters; what is no array stays as it is.
+        batch: shapes of the batch; what is no array stays as it is.
         has_aux: whether ``fun`` returns auxiliary outputs.
         accumulate: number of microbatches.
         key: random key to begin with, or None.
@@ -59,9 +68,38 @@ class Update:
         return differentiate(self.primal, self.mask.tree(self.mask.indices))
 
     def _micro_shape(self, a: Any) -> Any:
-        if self.accumulate == 1:
+        if not self._is_cut(a):
             return a
         return jax.ShapeDtypeStruct((a.shape[0] // self.accumulate, *a.shape[1:]), a.dtype)
+
+    def _is_cut(self, a: Any) -> bool:
+        """Whether microbatches get a piece each; scalars and what is no array go whole to each."""
+        return self.accumulate > 1 and is_array(a) and len(a.shape) > 0
+
+    @cached_property
+    def args(self) -> Arrays:
+        """The batch, taken apart."""
+        return Arrays.of(self.batch)
+
+    def arrays_of(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A batch without what is no array, which is a constant of the step.
+
+        Raises:
+            TypeError: if that differs from what was compiled.
+        """
+        if all(self.args.is_array):
+            return batch
+        leaves, treedef = jax.tree.flatten(batch)
+        compiled = zip(leaves, self.args.leaves, self.args.is_array, strict=False)
+        if treedef != self.args.treedef or not all(yes or same(x, a) for x, a, yes in compiled):
+            raise TypeError(self.difference(batch))
+        pairs = zip(leaves, self.args.is_array, strict=True)
+        return treedef.unflatten([x if yes else None for x, yes in pairs])
+
+    def difference(self, batch: tuple[Any, ...]) -> str | None:
+        """In what a batch differs from what was compiled, in words; None if in nothing."""
+        advice = "; compile another step for it, or pad the batch"
+        return difference(self.batch, batch, "batch argument", advice=advice)
 
     def step(self, kept: bool) -> Callable[..., tuple[State, Metrics]]:
         """The update as a function of state and batch, ready to be compiled."""
@@ -74,28 +112,59 @@ class Update:
             arrays = self.primal.params.arrays_of(state.params)
             grads, arrays = lax.optimization_barrier((grads, arrays))
             params = self.primal.params.tree(arrays, like=state.params)
-            updates, opt_state = self.tx.update(grads, state.opt_state, pack(params, mask))
+            updates, opt_state = self._optimized(state, loss, grads, pack(params, mask))
             params = apply_updates(params, updates, mask)
             if self.merge_aux is not None:
                 params = self.merge_aux(params, aux)
+                _check_same(state.params, params, "after merge_aux parameter")
             state = State(params, opt_state, state.step + 1, state.indices, state.key)
             return state, Metrics(loss, aux)
 
         return update
 
+    def _optimized(self, state: State, loss: Any, grads: PyTree, packed: PyTree) -> Any:
+        """What the optimizer makes of the gradient, and its new state."""
+        tx = optax.with_extra_args_support(self.tx)
+        extra = {"value": loss, "grad": grads}
+        while True:
+            try:
+                updates, opt_state = tx.update(grads, state.opt_state, packed, **extra)
+                break
+            except TypeError as error:
+                # Some transformations refuse what they do not ask for, alone or in a chain.
+                refusal = str(error).partition("unexpected keyword argument")[2]
+                unasked = [name for name in extra if repr(name) in refusal]
+                if unasked:
+                    del extra[unasked[0]]
+                    continue
+                if "required keyword-only argument" not in str(error):
+                    raise
+                raise TypeError(
+                    f"the optimizer cannot be used in a compiled step: {error}. A step gives it "
+                    "the gradient, its state, the trained parameters, and by name value (the "
+                    "loss) and grad (the gradient)"
+                ) from error
+        _check_same(state.opt_state, opt_state, "after the optimizer's update its state")
+        return updates, opt_state
+
     def _differentiated(
         self, state: State, batch: tuple[Any, ...], kept: bool
     ) -> tuple[Any, Any, Any]:
-        args = list(batch)
+        arrays = jax.tree.leaves(batch)
         key = None if state.key is None else jax.random.fold_in(state.key, state.step)
         if self.accumulate == 1:
-            return self._gradient(state, args if key is None else [*args, key], kept)
-        n = self.accumulate
-        micro = jax.tree.map(lambda a: jnp.reshape(a, (n, a.shape[0] // n, *a.shape[1:])), args)
+            return self._gradient(state, arrays if key is None else [*arrays, key], kept)
+        n, cut = self.accumulate, [self._is_cut(a) for a in arrays]
+        micro = [
+            jnp.reshape(a, (n, a.shape[0] // n, *a.shape[1:]))
+            for a, yes in zip(arrays, cut, strict=True)
+            if yes
+        ]
         keys = None if key is None else jax.random.split(key, n)
 
         def body(total: PyTree, xs: Any) -> tuple[PyTree, Any]:
-            args, key = xs
+            pieces, key = iter(xs[0]), xs[1]
+            args = [next(pieces) if yes else a for a, yes in zip(arrays, cut, strict=True)]
             args = args if key is None else [*args, key]
             loss, aux, grads = self._gradient(state, args, kept)
             return jax.tree.map(jnp.add, total, (loss, grads)), aux
@@ -111,12 +180,7 @@ class Update:
 
     def _gradient(self, state: State, args: Sequence[Any], kept: bool) -> tuple[Any, Any, Any]:
         joint = self.joint
-        params, others = joint.primal.params, joint.primal.args
-        inputs = [
-            *params.arrays_of(state.params),
-            *others.arrays_of(tuple(args)),
-            *state.indices,
-        ]
+        inputs = [*joint.primal.params.arrays_of(state.params), *args, *state.indices]
         if not kept:
             return joint.run(inputs)
         passes = joint.passes
@@ -128,66 +192,52 @@ class Update:
         grads = eval_jaxpr(passes.backward, passes.backward.consts, *held, seed)
         return (*joint.primal.outputs(outs[: joint.n_forward_out]), joint.packing.tree(grads))
 
+    @cached_property
     def example_state(self) -> State:
-        """Shapes of the state."""
+        """Shapes of the state, with their shardings if anything has one."""
+        if self.shardings is None:
+            return self._state_shapes
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self._state_shapes,
+            self.shardings,
+        )
+
+    @cached_property
+    def shardings(self) -> State | None:
+        """Where the arrays of the state live, before and after a step; None if JAX may choose."""
+        home = home_of(self.params, self.batch)
+        if home is None:
+            return None
+        return shardings_of(self._state_shapes, self.mask.tree(self.mask.indices), home)
+
+    @cached_property
+    def _state_shapes(self) -> State:
         params = self.primal.params
 
         def init(arrays: Sequence[Any], indices: tuple[Any, ...], key: Any) -> State:
-            return self.new_state(params.tree(arrays), indices, key)
+            return self._new_state(params.tree(arrays), indices, key)
 
-        return jax.eval_shape(init, params.arrays, self.mask.indices, self.key)
+        state = jax.eval_shape(init, params.arrays, self.mask.indices, self.key)
+        return state.replace(params=self.params)
 
     def new_state(self, params: PyTree, indices: tuple[Any, ...], key: Any) -> State:
-        """The state to begin with."""
+        """The state to begin with, ready to be donated."""
+        return self.placed(self._new_state(params, indices, key))
+
+    def _new_state(self, params: PyTree, indices: tuple[Any, ...], key: Any) -> State:
         packed = pack(params, self.mask.tree(indices))
         return State(params, self.tx.init(packed), jnp.zeros((), jnp.int32), indices, key)
 
-
-def shapes_of(tree: PyTree) -> PyTree:
-    """The shapes of a tree's arrays, shardings included; other leaves as they are."""
-
-    def shape(x: Any) -> Any:
-        if isinstance(x, bool | int | float | complex):
-            return jax.ShapeDtypeStruct((), jnp.result_type(x))
-        if isinstance(x, jax.ShapeDtypeStruct) or not hasattr(x, "dtype"):
-            return x
-        sharding = getattr(x, "sharding", None)
-        concrete = isinstance(sharding, jax.sharding.NamedSharding)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if concrete else None)
-
-    return jax.tree.map(shape, tree)
+    def placed(self, state: State) -> State:
+        """A state where the step expects it, no two arrays of it in the same memory."""
+        if self.shardings is not None:
+            state = jax.device_put(state, self.shardings)
+        return unaliased(state)
 
 
-def check_batch(batch: PyTree, accumulate: int) -> None:
-    """Raises ValueError if the batch cannot be cut into microbatches."""
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-    for path, leaf in flatten_with_paths(batch)[0]:
-        if accumulate > 1 and (not leaf.shape or leaf.shape[0] % accumulate):
-            raise ValueError(
-                f"batch argument {path} of shape {tuple(leaf.shape)} cannot be cut into "
-                f"{accumulate} microbatches along its first axis"
-            )
-
-
-def difference(expected: PyTree, found: PyTree, what: str) -> str | None:
-    """Where two trees of arrays differ in structure, shape or dtype, in words; None if nowhere."""
-    wanted, treedef = flatten_with_paths(expected)
-    given, found_treedef = flatten_with_paths(found)
-    if treedef != found_treedef:
-        missing = sorted({p for p, _ in wanted} - {p for p, _ in given})
-        extra = sorted({p for p, _ in given} - {p for p, _ in wanted})
-        detail = f"compiled for {treedef}, got {found_treedef}"
-        if missing or extra:
-            detail = f"missing {missing[:5]}, unexpected {extra[:5]}"
-        return f"{what} differs in structure from what was compiled: {detail}"
-    for (path, a), (_, b) in zip(wanted, given, strict=True):
-        if not hasattr(a, "dtype"):
-            continue
-        shape, dtype = jnp.shape(b), jax.dtypes.canonicalize_dtype(jnp.result_type(b))
-        if (tuple(a.shape), a.dtype) != (shape, dtype):
-            return (
-                f"{what} {path or ''} was compiled for {a.dtype}{list(a.shape)}, got "
-                f"{dtype}{list(shape)}; compile another step for it, or pad the batch"
-            )
-    return None
+def _check_same(before: PyTree, after: PyTree, what: str) -> None:
+    """Raises TypeError if a part of the state comes out of a step other than it went in."""
+    problem = difference(before, after, what, was="was", origin="what went in")
+    if problem is not None:
+        raise TypeError(f"{problem}; a state must come out of a step as it went in")
