@@ -182,9 +182,13 @@ def bind_dense(ctx: Context, eqn: JaxprEqn, values: Sequence[Value], reason: str
 
 
 def carrying(base: Any, terms: Sequence[Term], operands: Sequence[Value]) -> Value:
-    """A value computed from ``operands`` whose trained blocks have been moved to ``terms``."""
+    """A value computed from ``operands`` whose trained blocks have been moved to ``terms``.
+
+    Blocks without elements, of arrays without elements, are dropped: there is no gradient of them.
+    """
     live = any(v.live for v in operands)
-    return Value(base, tuple(terms), live, all(v.weight for v in operands))
+    kept = tuple(t for t in terms if t.delta.size)
+    return Value(base, kept, live, all(v.weight for v in operands))
 
 
 def written_out(base: Any, terms: Sequence[Term], operands: Sequence[Value]) -> Value:

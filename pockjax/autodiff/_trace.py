@@ -13,7 +13,7 @@ import numpy as np
 import pockjax.autodiff.rules  # noqa: F401  (registers the rules)
 from pockjax._compat import Jaxpr, eval_jaxpr
 from pockjax.autodiff._expose import expose
-from pockjax.autodiff._exposed import Context, Fallback, Term, Value
+from pockjax.autodiff._exposed import Context, Fallback, Term, Value, carrying
 from pockjax.autodiff._fold import fold
 from pockjax.autodiff._indices import IndexedMask
 from pockjax.autodiff._jaxprs import inlined
@@ -209,7 +209,7 @@ def differentiate(primal: Primal, mask: PyTree) -> Joint:
             for i, x in zip(whole, trained, strict=True):
                 values[i] = Value(x, live=True, weight=True)
             for i, delta in zip(parts, deltas, strict=True):
-                values[i] = Value(arrays[i], (Term(delta, *blocks[i]),), weight=True)
+                values[i] = carrying(arrays[i], [Term(delta, *blocks[i])], [values[i]])
             outs = [v.dense() for v in expose(ctx, jaxpr, values)]
             return outs[:n_out], outs[n_out:]
 

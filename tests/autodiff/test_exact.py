@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax import lax
+from jax.experimental import pallas as pl
 
 import pockjax as pj
 from tests.autodiff.oracle import (
@@ -99,3 +103,42 @@ def test_at_least_500_cases() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many(family: str) -> None:
     check_all(lambda data: check_compiled(data, family), SLOW // len(FAMILIES))
+
+
+@pytest.mark.parametrize("rows", [pj.part[[0], 1:3], pj.part[jnp.array([0]), jnp.array([3, 1])]])
+def test_a_part_of_an_axis_that_is_broadcast(rows: pj.Part) -> None:
+    def fun(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(jnp.broadcast_to(w, (2, 5, 4)) @ x))
+
+    w, x = jnp.linspace(-1, 1, 4).reshape(1, 4), jnp.linspace(0, 1, 12).reshape(4, 3)
+    compare(pj.value_and_grad(fun, rows), dense(fun, rows), w, x)
+
+
+@pytest.mark.parametrize("mask", [pj.part[:, :2], pj.part[:, jnp.array([3, 0])]])
+@pytest.mark.parametrize("shape", [(4, 0), (0,), (2, 0, 3)])
+def test_arrays_without_elements(shape: tuple[int, ...], mask: pj.Part) -> None:
+    def fun(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(w.reshape(shape)) + jnp.sum(jnp.ones((3, 0)) @ w) + jnp.sum(x)
+
+    compare(pj.value_and_grad(fun, mask), dense(fun, mask), jnp.zeros((0, 4)), jnp.ones(3))
+
+
+def test_branches_for_other_platforms_are_not_compiled() -> None:
+    def kernel(x: Any, out: Any) -> None:
+        out[...] = x[...] * 2
+
+    @jax.custom_vjp
+    def accelerated(w: jax.Array) -> jax.Array:
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(w.shape, w.dtype))(w)
+
+    accelerated.defvjp(lambda w: (accelerated(w), None), lambda _, g: (g * 2,))
+
+    def fun(w: jax.Array, x: jax.Array) -> jax.Array:
+        w = lax.platform_dependent(w, cpu=lambda w: w * 2, cuda=accelerated, default=accelerated)
+        return jnp.sum(jnp.sin(x @ w))
+
+    w, x = jnp.linspace(-1, 1, 12).reshape(3, 4), jnp.linspace(0, 1, 6).reshape(2, 3)
+    for mask in (pj.part[:2], True):
+        compare(pj.value_and_grad(fun, mask), dense(fun, mask), w, x)
+        step = pj.compile(fun, mask, optax.sgd(0.1), w, x)
+        step(step.init(w), x)

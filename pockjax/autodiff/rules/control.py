@@ -83,7 +83,15 @@ def _remat(ctx: Context, eqn: JaxprEqn, *values: Value) -> list[Value]:
 def _cond(ctx: Context, eqn: JaxprEqn, index: Value, *values: Value) -> list[Value]:
     signature = Signature(values)
     branches = [_dense_call(ctx, branch, signature) for branch in eqn.params["branches"]]
-    outs = lax.switch(index.base, branches, *signature.arrays())
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        outs = lax.switch(index.base, branches, *signature.arrays())
+    else:
+        # A branch need not even compile for the platforms that it is not for.
+        pairs = list(zip(platforms, branches, strict=True))
+        default = next((branch for names, branch in pairs if names is None), None)
+        named = {name: branch for names, branch in pairs for name in names or ()}
+        outs = lax.platform_dependent(*signature.arrays(), default=default, **named)
     return derived((index, *values), outs)
 
 

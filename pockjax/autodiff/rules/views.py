@@ -69,8 +69,9 @@ def _broadcast(ctx: Context, eqn: JaxprEqn, x: Value, *dynamic: Value) -> Value:
         selections: list[Selection] = [None] * len(shape)
         packed = list(shape)
         for axis, dim in enumerate(dims):
-            selections[dim] = term.selections[axis]
+            # Of an axis of size 1 a part is all there is, and so of all its copies.
             if x.shape[axis] == shape[dim]:
+                selections[dim] = term.selections[axis]
                 packed[dim] = term.delta.shape[axis]
         return term.moved(lax.broadcast_in_dim(term.delta, packed, dims), shape, selections)
 
