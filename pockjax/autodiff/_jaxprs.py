@@ -4,7 +4,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dce_jaxpr, new_var
+import jax
+import jax.numpy as jnp
+
+from pockjax._compat import (
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    dce_jaxpr,
+    dtype_of,
+    eval_jaxpr,
+    new_var,
+)
 
 Atom = Var | Literal
 
@@ -13,6 +25,12 @@ def size_in_bytes(aval: Any) -> int:
     """Bytes of an array, or of an array of type ``aval``."""
     itemsize = getattr(aval.dtype, "itemsize", 8)
     return math.prod(aval.shape) * itemsize
+
+
+def evaluated(jaxpr: Jaxpr, consts: Sequence[Any], *args: Any) -> list[jax.Array]:
+    """What a jaxpr computes, as arrays of JAX even where it is a literal."""
+    outs = zip(eval_jaxpr(jaxpr, consts, *args), jaxpr.outvars, strict=True)
+    return [x if isinstance(x, jax.Array) else jnp.asarray(x, dtype_of(v)) for x, v in outs]
 
 
 def inlined(jaxpr: Jaxpr) -> Jaxpr:

@@ -1,7 +1,7 @@
 """From a function and a mask to one jaxpr of its value and its packed gradient."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import pockjax.autodiff.rules  # noqa: F401  (registers the rules)
-from pockjax._compat import Jaxpr, eval_jaxpr
+from pockjax._compat import Jaxpr
 from pockjax.autodiff._expose import expose
 from pockjax.autodiff._exposed import Context, Fallback, Term, Value, carrying
 from pockjax.autodiff._fold import fold
 from pockjax.autodiff._indices import IndexedMask
-from pockjax.autodiff._jaxprs import inlined
+from pockjax.autodiff._jaxprs import evaluated, inlined
 from pockjax.autodiff._residuals import Split, split_passes
 from pockjax.autodiff._thin import thin_scans
 from pockjax.masks import Block, resolve
@@ -68,7 +68,7 @@ class Primal:
     Attributes:
         jaxpr: maps the arrays of the params and of the arguments to outputs and auxiliary outputs.
         params: the params, taken apart.
-        args: the arguments, taken apart.
+        args: the arguments, positional and by name, taken apart.
         out_tree: structure of the outputs.
         aux_tree: structure of the auxiliary outputs.
         out_avals: types of the outputs.
@@ -132,7 +132,7 @@ class Joint:
     def run(self, inputs: Sequence[Any]) -> tuple[PyTree, PyTree, PyTree]:
         """Value, auxiliary outputs and packed gradient of a scalar function."""
         [aval] = self.primal.out_avals
-        outs = eval_jaxpr(self.jaxpr, self.jaxpr.consts, *inputs, np.ones((), aval.dtype))
+        outs = evaluated(self.jaxpr, self.jaxpr.consts, *inputs, np.ones((), aval.dtype))
         n = self.n_forward_out
         return (*self.primal.outputs(outs[:n]), self.packing.tree(outs[n:]))
 
@@ -148,6 +148,7 @@ def trace(
     fun: Callable[..., Any],
     params: PyTree,
     args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
     *,
     has_aux: bool = False,
     scalar: bool = True,
@@ -155,18 +156,21 @@ def trace(
     """Traces ``fun``, once.
 
     Args:
-        fun: ``fun(params, *args)``, an output or (with ``has_aux``) a pair of output and aux.
+        fun: ``fun(params, *args, **kwargs)``, an output or (with ``has_aux``) a pair of output and
+            aux.
         params: arrays or shapes.
         args: arrays, shapes, or anything else, which is passed on as it is.
+        kwargs: the same, by name.
         has_aux: whether ``fun`` returns auxiliary outputs that are not differentiated.
         scalar: whether the output must be one real scalar.
     """
-    tree, rest = Arrays.of(params), Arrays.of(tuple(args))
+    tree, rest = Arrays.of(params), Arrays.of((tuple(args), dict(kwargs or {})))
     n_params = len(tree.arrays)
     found: list[Any] = []
 
     def flat_fun(*arrays: Any) -> list[Any]:
-        out = fun(tree.tree(arrays[:n_params]), *rest.tree(arrays[n_params:]))
+        args, kwargs = rest.tree(arrays[n_params:])
+        out = fun(tree.tree(arrays[:n_params]), *args, **kwargs)
         out, aux = _checked_pair(out) if has_aux else (out, None)
         outs, out_tree = jax.tree.flatten(out)
         auxs, aux_tree = jax.tree.flatten(aux)

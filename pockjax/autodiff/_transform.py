@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.tree_util import Partial
 
-from pockjax._compat import Jaxpr, eval_jaxpr
-from pockjax.autodiff._jaxprs import consts_as_inputs
+from pockjax._compat import Jaxpr
+from pockjax.autodiff._jaxprs import consts_as_inputs, evaluated
 from pockjax.autodiff._trace import Packing, PyTree, differentiate, tangent_dtype, trace
 
 
@@ -22,13 +22,14 @@ def value_and_grad(
     JAX and can be jitted, vmapped, sharded and differentiated again.
 
     Args:
-        fun: ``fun(params, *args)``: one real scalar, or with ``has_aux`` a pair of that and aux.
+        fun: ``fun(params, *args, **kwargs)``: one real scalar, or with ``has_aux`` a pair of that
+            and aux. It is always traced, as by `jax.jit`: values cannot be looked at in Python.
         mask: pytree of True, False and `Part` with the structure of the params, or a prefix of it.
         has_aux: whether ``fun`` returns auxiliary outputs.
 
     Returns:
-        ``(params, *args) -> value, grads``, or ``(value, aux), grads``. ``grads`` has the structure
-        of the params, None where frozen and a block's shape where a Part is trained.
+        ``(params, *args, **kwargs) -> value, grads``, or ``(value, aux), grads``. ``grads`` has the
+        structure of the params, None where frozen and a block's shape where a Part is trained.
 
     Raises:
         MaskError: if the mask does not fit the params.
@@ -44,8 +45,8 @@ def value_and_grad(
     (24.0, {'b': None, 'w': Array([[4., 4.]], dtype=float32)})
     """
 
-    def value_and_grad_fun(params: PyTree, *args: Any) -> Any:
-        joint = differentiate(trace(fun, params, args, has_aux=has_aux), mask)
+    def value_and_grad_fun(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        joint = differentiate(trace(fun, params, args, kwargs, has_aux=has_aux), mask)
         value, aux, grads = joint.run(joint.inputs)
         return ((value, aux), grads) if has_aux else (value, grads)
 
@@ -63,8 +64,8 @@ def grad(fun: Callable[..., Any], mask: PyTree, has_aux: bool = False) -> Callab
     Array([2., 4.], dtype=float32)
     """
 
-    def grad_fun(params: PyTree, *args: Any) -> Any:
-        joint = differentiate(trace(fun, params, args, has_aux=has_aux), mask)
+    def grad_fun(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        joint = differentiate(trace(fun, params, args, kwargs, has_aux=has_aux), mask)
         _, aux, grads = joint.run(joint.inputs)
         return (grads, aux) if has_aux else grads
 
@@ -106,7 +107,7 @@ def vjp(
     """
     joint = differentiate(trace(fun, params, args, has_aux=has_aux, scalar=False), mask)
     passes = joint.passes
-    outs = eval_jaxpr(passes.forward, passes.forward.consts, *joint.inputs)
+    outs = evaluated(passes.forward, passes.forward.consts, *joint.inputs)
     kept = [*(joint.inputs[i] for i in passes.kept_inputs), *outs[joint.n_forward_out :]]
     # Constants are held as leaves too, so that the leaves of vjp_fn are all that it holds.
     backward, primal = passes.backward, joint.primal
@@ -144,4 +145,4 @@ class _Backward:
                     "the cotangent must have the shape and dtype of the function's output, "
                     f"{aval.str_short()}, got {found.str_short()}"
                 )
-        return self.packing.tree(eval_jaxpr(self.jaxpr, [], *consts, *kept, *seeds))
+        return self.packing.tree(evaluated(self.jaxpr, [], *consts, *kept, *seeds))

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,6 +49,7 @@ def mask(params: PyTree, scheme: Any) -> PyTree:
     {'dense': {'bias': True, 'kernel': False}}
     """
     named, treedef = flatten_with_paths(params)
+    _check_form(scheme)
     if isinstance(scheme, str | os.PathLike):
         scheme = Scheme.load(scheme)
     elif _is_rules(scheme):
@@ -75,6 +76,21 @@ def mask(params: PyTree, scheme: Any) -> PyTree:
     )
 
 
+def _check_form(scheme: Any) -> None:
+    """Raises MaskError for what is nearly a scheme, and would be taken for something else."""
+    if isinstance(scheme, str) and scheme in ("all", "none"):
+        raise MaskError(
+            f"{scheme!r} is what a rule may train, not a scheme: write True to train everything, "
+            "or rules such as [('.*/bias', 'all')]"
+        )
+    if isinstance(scheme, list | tuple) and not scheme:
+        raise MaskError("there are no rules, so nothing would be trained")
+    if isinstance(scheme, Rule) or (
+        isinstance(scheme, list | tuple) and isinstance(scheme[0], str) and len(scheme) in (2, 3)
+    ):
+        raise MaskError(f"rules must be a list, even if there is one: [{scheme!r}]")
+
+
 def _is_rules(scheme: Any) -> bool:
     """Whether this is a sequence of rules and not a mask for a list of parameters."""
     return (
@@ -82,7 +98,7 @@ def _is_rules(scheme: Any) -> bool:
         and len(scheme) > 0
         and all(
             isinstance(item, Rule)
-            or (isinstance(item, Sequence) and len(item) > 0 and isinstance(item[0], str))
+            or (isinstance(item, list | tuple) and len(item) > 0 and isinstance(item[0], str))
             for item in scheme
         )
     )

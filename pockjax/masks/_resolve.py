@@ -141,6 +141,8 @@ def _check_entry(entry: Any, path: str) -> bool | Part:
             ". What is trained must be known before tracing: close over the mask "
             "instead of passing it through jit, and write elementwise masks as Parts"
         )
+    elif not isinstance(entry, bool | int | float | complex | np.ndarray | np.generic):
+        problem += ". pj.mask(params, scheme) makes a mask of rules, schemes and predicates"
     raise MaskError(problem)
 
 

@@ -58,7 +58,9 @@ def test_aux_is_the_second_of_a_pair(transform: Any, out: Any) -> None:
         ({**MASK, "w": pj.part[[0, 0]]}, "'w'.*index 0 is repeated"),
         ({**MASK, "step": pj.part[:1]}, "'step'.*int32"),
         ({**MASK, "w": jnp.ones((3, 2), bool)}, "'w' must be True, False or a Part"),
-        ({**MASK, "w": 1}, "'w' must be True, False or a Part, got 1"),
+        ({**MASK, "w": 1}, "'w' must be True, False or a Part, got 1$"),
+        ([("w", "all")], r"True, False or a Part, got 'w'. pj.mask\(params, scheme\) makes a mask"),
+        (lambda path, leaf: True, r"got <function.*pj.mask\(params, scheme\) makes a mask of"),
     ],
 )
 def test_masks_that_do_not_fit(mask: Any, message: str) -> None:

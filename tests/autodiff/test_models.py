@@ -147,6 +147,16 @@ def test_arguments_of_any_kind() -> None:
     assert_packed(grads, jax.grad(loss)(PLAIN, *args), PLAIN_MASK)
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_arguments_by_name(transform: Any) -> None:
+    full = jax.grad(plain)(PLAIN, X, scale=2.0)
+    assert_packed(transform(pj.grad(plain, PLAIN_MASK))(PLAIN, X, scale=2.0), full, PLAIN_MASK)
+    fun = transform(pj.value_and_grad(plain, PLAIN_MASK))
+    value, grads = fun(PLAIN, scale=jnp.array(2.0), x=X)
+    np.testing.assert_allclose(value, plain(PLAIN, X, scale=2.0), rtol=1e-6)
+    assert_packed(grads, full, PLAIN_MASK)
+
+
 @pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)], ids=["typed", "raw"])
 def test_keys_as_arguments_under_jit(key: jax.Array) -> None:
     def loss(params: PyTree, x: jax.Array, key: jax.Array) -> jax.Array:
@@ -203,3 +213,19 @@ def test_nothing_to_train() -> None:
     value, grads = pj.value_and_grad(plain, False)(PLAIN, X)
     assert grads == {"w": None, "b": None}
     np.testing.assert_allclose(value, plain(PLAIN, X), rtol=1e-6)
+
+
+def test_constants_come_back_as_arrays() -> None:
+    def loss(params: PyTree, x: jax.Array) -> Any:
+        return 3.0 + 0 * params["s"], {"count": 1, "half": np.float16(0.5)}
+
+    mask = {"s": True, "w": pj.part[:1]}
+    params = {"s": jnp.float32(2), "w": jnp.ones(3)}
+    (_, aux), grads = pj.value_and_grad(loss, mask, has_aux=True)(params, X)
+    value, constant = pj.value_and_grad(lambda params: 3.0, mask)(params)
+    identity = pj.grad(lambda params: params["s"], mask)(params)
+    out, vjp_fn, _ = pj.vjp(lambda params: (params["s"], 1), mask, params, has_aux=True)
+    found = (value, aux, grads, constant, identity, out, vjp_fn(jnp.ones(())))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+    assert aux["count"].dtype == jnp.int32 and aux["half"].dtype == jnp.float16
+    assert value.dtype == jnp.float32 and float(identity["s"]) == 1.0

@@ -137,6 +137,10 @@ def test_traced_indices_are_kept():
         ([("a", {"in": 0.5})], "of 'a', shape (4,) (rule 1: 'a'): there is no axis in"),
         ([("a", {"axis": 0, "first": 5})], "axis 0: first 5 exceeds its size, 4"),
         ([("a", [{"out": 1}, {"axis": 0, "first": 1}])], "axis 0 is named twice"),
+        ("all", "'all' is what a rule may train, not a scheme: write True"),
+        ([], "there are no rules"),
+        (("a", "all"), "rules must be a list, even if there is one: [('a', 'all')]"),
+        (Rule("a", "all"), "rules must be a list, even if there is one: [Rule("),
         ([("x/a", "all")], "rule 1: 'x/a' matches no parameter; the nearest are 'a'"),
         (
             [("a", "all"), (".*", "none"), ("a|b/0", "all")],
