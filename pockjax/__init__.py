@@ -21,6 +21,7 @@ from pockjax.masks import mask as mask
 from pockjax.masks import pack as pack
 from pockjax.masks import part as part
 from pockjax.masks import unpack as unpack
+from pockjax.rewrites import rewrite as rewrite
 from pockjax.training import Metrics as Metrics
 from pockjax.training import Report as Report
 from pockjax.training import State as State

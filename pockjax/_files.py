@@ -1,6 +1,7 @@
-"""Write files so that a reader sees the old one or the whole new one."""
+"""Where files are kept; and files that a reader sees as they were, or whole and new."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,3 +23,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
+
+
+def cache_folder() -> Path:
+    """Where to keep what can be had again: `$POCKJAX_CACHE`, else the platform's folder for it."""
+    if chosen := os.environ.get("POCKJAX_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "pockjax"

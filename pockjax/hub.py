@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pockjax._files import cache_folder as cache_folder
+
 Progress = Callable[[int, int], None]
 """Called with (bytes so far, bytes in all) while a wheel is downloaded."""
 
@@ -128,19 +130,6 @@ def sources() -> Mapping[str, Source]:
         True
     """
     return dict(_SOURCES)
-
-
-def cache_folder() -> Path:
-    """Where fetched files are kept: `$POCKJAX_CACHE`, else the platform's folder for caches."""
-    if chosen := os.environ.get("POCKJAX_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "pockjax"
 
 
 def fetch(source: str | os.PathLike[str] | Source, *, progress: Progress | None = None) -> Path:

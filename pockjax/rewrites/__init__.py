@@ -1,0 +1,6 @@
+"""Equal, faster functions: jaxpr to jaxpr, choices by measurement (`pockjax.rewrite`)."""
+
+from pockjax.rewrites._choice import Choice as Choice
+from pockjax.rewrites._choice import Timing as Timing
+from pockjax.rewrites._rewrite import Rewriter as Rewriter
+from pockjax.rewrites._rewrite import rewrite as rewrite

@@ -1,0 +1,212 @@
+"""Which form of a convolution is the fastest here: timed once, and remembered on disk."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pockjax._files import cache_folder, replacing
+from pockjax.rewrites._candidates import ORIGINAL, candidates
+from pockjax.rewrites._convolution import Convolution
+from pockjax.rewrites._windows import Form
+
+_FORMAT = 1  # to be raised when a form changes, so that earlier timings are forgotten
+_SECONDS = 0.02  # of running, for each form
+_MOST_RUNS = 30
+_HOPELESS = 3.0  # times slower in its first run than the best: not timed any further
+_WORTH_TIMING = 500_000  # products; below that, any form is quick
+
+_log = logging.getLogger("pockjax")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one form took when it was tried.
+
+    Attributes:
+        seconds: the fastest run.
+        temp_bytes: its intermediate arrays.
+    """
+
+    seconds: float
+    temp_bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one convolution is computed.
+
+    Attributes:
+        operation: what it is, in words.
+        form: the name of the form that was taken; "convolution" is XLA's own.
+        timings: what each form took; empty if none was timed.
+    """
+
+    operation: str
+    form: str
+    timings: dict[str, Timing]
+
+    @property
+    def is_original(self) -> bool:
+        """Whether it is left as it was asked for."""
+        return self.form == ORIGINAL
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than XLA's own, if both were timed."""
+        if self.form not in self.timings or ORIGINAL not in self.timings:
+            return None
+        return self.timings[ORIGINAL].seconds / self.timings[self.form].seconds
+
+
+def choose(conv: Convolution, *, measure: bool, memory: int | None) -> tuple[Choice, Form]:
+    """The fastest form whose intermediate arrays are small enough.
+
+    Args:
+        conv: the convolution.
+        measure: time the forms, unless that was done before; else the likeliest is taken.
+        memory: bytes that a form's intermediate arrays may take; None for as many as XLA's own
+            form takes, or the arguments and the result, whichever are more.
+    """
+    forms = candidates(conv)
+    timings: dict[str, Timing] = {}
+    if measure and len(forms) > 1 and conv.products >= _WORTH_TIMING:
+        timings = _timings(conv)
+    allowed = forms
+    if timings:
+        shapes = (conv.lhs_shape, conv.rhs_shape, conv.out_shape)
+        arrays = sum(map(prod, shapes)) * jnp.dtype(conv.dtype).itemsize
+        original = timings[ORIGINAL].temp_bytes
+        limit = max(original, arrays) if memory is None else max(original, memory)
+        allowed = {name: t for name, t in timings.items() if t.temp_bytes <= limit}
+        name = min(allowed, key=lambda name: timings[name].seconds)
+    else:
+        name = next(iter(forms))
+    return Choice(describe(conv), name, timings), forms[name]
+
+
+def describe(conv: Convolution) -> str:
+    """A convolution in words.
+
+    >>> import jax.numpy as jnp
+    >>> from jax import lax, make_jaxpr
+    >>> fun = lambda x, w: lax.conv(x, w, (1, 1), "SAME")
+    >>> jaxpr = make_jaxpr(fun)(jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3)))
+    >>> describe(Convolution.of(jaxpr.eqns[0]))
+    '8x8x3 -> 8x8x4, window 3x3, batch 1, float32'
+    """
+    batch, feature = (conv.lhs_shape[a] for a in conv.lhs_spec[:2])
+    outs = conv.out_shape[conv.out_spec[1]]
+
+    def sizes(values: tuple[int, ...]) -> str:
+        return "x".join(map(str, values))
+
+    words = f"{sizes((*conv.pixels, feature))} -> {sizes((*conv.out_pixels, outs))}"
+    words += f", window {sizes(conv.window)}"
+    for name, values in (("strides", conv.strides), ("dilation", conv.lhs_dilation)):
+        if any(v != 1 for v in values):
+            words += f", {name} {sizes(values)}"
+    if conv.is_grouped:
+        words += f", {max(conv.feature_groups, conv.batch_groups)} groups"
+    return f"{words}, batch {batch}, {conv.dtype}"
+
+
+@lru_cache(maxsize=4096)
+def _timings(conv: Convolution) -> dict[str, Timing]:
+    forms = candidates(conv)
+    file = _file(conv, tuple(forms))
+    known = _read(file, forms)
+    if known is not None:
+        return known
+    _log.info("timing %d forms of %s", len(forms), describe(conv))
+    timings = _measure(conv, forms)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as path:
+            content = {name: asdict(timing) for name, timing in timings.items()}
+            path.write_text(json.dumps({"operation": describe(conv), "timings": content}))
+    except OSError as error:
+        _log.warning("timings cannot be kept in %s: %s", file.parent, error)
+    return timings
+
+
+def _read(file: Path, forms: dict[str, Form]) -> dict[str, Timing] | None:
+    """Timings from disk; None if there are none, or none that can be made sense of."""
+    try:
+        content = json.loads(file.read_text())["timings"]
+        found = {
+            name: Timing(float(t["seconds"]), int(t["temp_bytes"])) for name, t in content.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found if ORIGINAL in found and found.keys() <= forms.keys() else None
+
+
+def _file(conv: Convolution, names: tuple[str, ...]) -> Path:
+    what = json.dumps([_FORMAT, asdict(conv), names], default=str)
+    return cache_folder() / "rewrites" / _machine() / f"{_digest(what)}.json"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _machine() -> str:
+    """What timings depend on, apart from the operation."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    flags = os.environ.get("XLA_FLAGS", "")
+    return _digest(json.dumps([version("jaxlib"), _processor(), threads, flags]))
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line
+    except OSError:
+        pass
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _measure(conv: Convolution, forms: dict[str, Form]) -> dict[str, Timing]:
+    """Time each form; those that are far behind the best are run once."""
+    generator = np.random.default_rng(0)
+    # Whatever is being traced just now is none of the timed programs' business.
+    with jax.ensure_compile_time_eval():
+        args = [jnp.asarray(generator.standard_normal(x.shape), x.dtype) for x in conv.arguments()]
+        best, timings = float("inf"), {}
+        for name, form in forms.items():
+            compiled = jax.jit(form).lower(*args).compile()
+            seconds = _fastest_run(lambda run=compiled: jax.block_until_ready(run(*args)), best)
+            best = min(best, seconds)
+            analysis: Any = compiled.memory_analysis()
+            timings[name] = Timing(seconds, analysis.temp_size_in_bytes if analysis else 0)
+    return timings
+
+
+def _fastest_run(run: Callable[[], Any], best: float) -> float:
+    run()
+    begun, fastest = time.perf_counter(), float("inf")
+    for _ in range(_MOST_RUNS):
+        start = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        fastest = min(fastest, now - start)
+        if fastest > _HOPELESS * best or now - begun > _SECONDS:
+            break
+    return fastest

@@ -1,0 +1,141 @@
+"""Jaxpr to jaxpr: convolutions in their fastest form, everything else as it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import jax
+
+from pockjax._compat import Jaxpr, JaxprEqn, Literal, eval_jaxpr, subjaxprs, with_subjaxprs
+from pockjax.autodiff import Arrays, spliced
+from pockjax.rewrites._choice import Choice, choose
+from pockjax.rewrites._convolution import Convolution
+from pockjax.rewrites._windows import Form
+
+BACKENDS = ("cpu",)
+"""Where there is something to gain; for other backends functions are left as they are."""
+
+# What runs where it stands. The body of a shard_map has types of its own, and the rules of custom
+# derivatives are no jaxprs yet: those are left alone.
+_ENTERED = {
+    "jit",
+    "scan",
+    "while",
+    "cond",
+    "remat2",
+    "checkpoint",
+    "custom_jvp_call",
+    "closed_call",
+}
+
+
+def rewrite[**P, R](
+    fun: Callable[P, R],
+    platform: str | None = None,
+    *,
+    measure: bool = True,
+    memory: int | None = None,
+) -> Callable[P, R]:
+    """An equal function that is faster on this backend.
+
+    On a CPU, XLA computes depthwise convolutions, and the gradients of many others, tens of times
+    slower than the machine can (jax#23713, jax#13800). Here each convolution takes the fastest of
+    several equal forms: matrix products, shifted multiply-adds, blocks of rows. Results differ by
+    rounding. It is a transform like any other, under jit, vmap, grad and scan, and is best used
+    last: ``pj.rewrite(jax.grad(loss))`` finds the gradient's convolutions too, which
+    ``jax.grad(pj.rewrite(loss))`` has no part in.
+
+    `pockjax.compile` does this by itself.
+
+    Args:
+        fun: any function of pytrees of arrays; other arguments are passed on as they are.
+        platform: ``"cpu"``, ``"cuda"``, …: what it will run on; default JAX's backend. Only for
+            the CPU is there anything to rewrite.
+        measure: time the forms of each new kind of convolution once on this machine, which takes
+            a second or so for each; the timings are kept in the cache folder, `$POCKJAX_CACHE`.
+            Otherwise the form is guessed.
+        memory: bytes that one form's intermediate arrays may take; by default as much as XLA's
+            own form, or as the arguments and the result.
+
+    >>> import jax.numpy as jnp
+    >>> blur = lambda x, w: jax.lax.conv_general_dilated(
+    ...     x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=8
+    ... )
+    >>> x, w = jnp.ones((1, 16, 16, 8)), jnp.ones((3, 3, 1, 8))
+    >>> bool(jnp.allclose(rewrite(blur)(x, w), blur(x, w)))
+    True
+    >>> "conv" in str(jax.make_jaxpr(rewrite(blur))(x, w))
+    False
+    """
+    platform = jax.default_backend() if platform is None else platform
+    if platform not in BACKENDS:
+        return fun
+
+    @wraps(fun)
+    def rewritten(*args: P.args, **kwargs: P.kwargs) -> R:
+        return Rewriter(measure, memory).run(fun, *args, **kwargs)
+
+    return rewritten
+
+
+@dataclass
+class Rewriter:
+    """Rewrites jaxprs and keeps account of what it chose.
+
+    Attributes:
+        measure: whether forms are timed.
+        memory: bytes that a form's intermediate arrays may take.
+        choices: one for each convolution that was met.
+    """
+
+    measure: bool = True
+    memory: int | None = None
+    choices: list[Choice] = field(default_factory=list)
+
+    def run(self, fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Trace a function, rewrite it, and evaluate what came out."""
+        given = Arrays.of((args, kwargs))
+
+        def flat(*arrays: Any) -> Any:
+            args, kwargs = given.tree(arrays)
+            return fun(*args, **kwargs)
+
+        jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*given.arrays)
+        jaxpr = self.rewritten(jaxpr)
+        outs = eval_jaxpr(jaxpr, jaxpr.consts, *given.arrays)
+        return jax.tree.unflatten(jax.tree.structure(shapes), outs)
+
+    def rewritten(self, jaxpr: Jaxpr) -> Jaxpr:
+        """The same function, its convolutions in the form chosen for each."""
+        eqns: list[JaxprEqn] = []
+        instead: dict[Any, Any] = {}  # of a convolution's result
+
+        def current(atom: Any) -> Any:
+            return atom if isinstance(atom, Literal) else instead.get(atom, atom)
+
+        for eqn in jaxpr.eqns:
+            eqn = eqn.replace(invars=[current(atom) for atom in eqn.invars])
+            conv = None if _is_sharded(eqn) else Convolution.of(eqn)
+            form = None if conv is None else self._form(conv)
+            if conv is not None and form is not None:
+                made = jax.make_jaxpr(form)(*(v.aval for v in eqn.invars))
+                [instead[eqn.outvars[0]]] = spliced(made, eqn.invars, eqns)
+            elif eqn.primitive.name in _ENTERED and (inner := subjaxprs(eqn)):
+                params = with_subjaxprs(eqn, [self.rewritten(body) for body in inner])
+                eqns.append(eqn.replace(params=params))
+            else:
+                eqns.append(eqn)
+        return jaxpr.replace(eqns=eqns, outvars=[current(atom) for atom in jaxpr.outvars])
+
+    def _form(self, conv: Convolution) -> Form | None:
+        """What to compute instead of a convolution; None to leave it."""
+        choice, form = choose(conv, measure=self.measure, memory=self.memory)
+        self.choices.append(choice)
+        return None if choice.is_original else form
+
+
+def _is_sharded(eqn: JaxprEqn) -> bool:
+    """Whether types say how arrays are spread over a mesh, which a form would have to keep."""
+    avals: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    return any(not aval.sharding.mesh.empty for aval in avals)
