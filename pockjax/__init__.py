@@ -21,6 +21,9 @@ from pockjax.masks import mask as mask
 from pockjax.masks import pack as pack
 from pockjax.masks import part as part
 from pockjax.masks import unpack as unpack
+from pockjax.prefix import FeatureCache as FeatureCache
+from pockjax.prefix import Features as Features
+from pockjax.prefix import split as split
 from pockjax.rewrites import rewrite as rewrite
 from pockjax.training import Metrics as Metrics
 from pockjax.training import Report as Report

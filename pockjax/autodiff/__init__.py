@@ -5,7 +5,9 @@ from pockjax.autodiff._indices import IndexedMask as IndexedMask
 from pockjax.autodiff._jaxprs import inlined as inlined
 from pockjax.autodiff._jaxprs import size_in_bytes as size_in_bytes
 from pockjax.autodiff._jaxprs import spliced as spliced
+from pockjax.autodiff._jaxprs import tidied as tidied
 from pockjax.autodiff._residuals import Split as Split
+from pockjax.autodiff._residuals import cheapest_cut as cheapest_cut
 from pockjax.autodiff._trace import Arrays as Arrays
 from pockjax.autodiff._trace import Joint as Joint
 from pockjax.autodiff._trace import Primal as Primal

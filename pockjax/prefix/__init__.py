@@ -1,0 +1,5 @@
+"""The frozen front of a function: found from its jaxpr, computed once, kept (`pockjax.split`)."""
+
+from pockjax.prefix._cache import FeatureCache as FeatureCache
+from pockjax.prefix._split import Features as Features
+from pockjax.prefix._split import split as split
