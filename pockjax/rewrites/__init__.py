@@ -2,5 +2,6 @@
 
 from pockjax.rewrites._choice import Choice as Choice
 from pockjax.rewrites._choice import Timing as Timing
+from pockjax.rewrites._rewrite import BACKENDS as BACKENDS
 from pockjax.rewrites._rewrite import Rewriter as Rewriter
 from pockjax.rewrites._rewrite import rewrite as rewrite

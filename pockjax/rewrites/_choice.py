@@ -27,6 +27,7 @@ _FORMAT = 1  # to be raised when a form changes, so that earlier timings are for
 _SECONDS = 0.02  # of running, for each form
 _MOST_RUNS = 30
 _HOPELESS = 3.0  # times slower in its first run than the best: not timed any further
+_CLEARLY = 0.8  # of the guess's time, for another form to be taken
 _WORTH_TIMING = 500_000  # products; below that, any form is quick
 
 _log = logging.getLogger("pockjax")
@@ -85,16 +86,17 @@ def choose(conv: Convolution, *, measure: bool, memory: int | None) -> tuple[Cho
     timings: dict[str, Timing] = {}
     if measure and len(forms) > 1 and conv.products >= _WORTH_TIMING:
         timings = _timings(conv)
-    allowed = forms
+    name = next(iter(forms))
     if timings:
         shapes = (conv.lhs_shape, conv.rhs_shape, conv.out_shape)
         arrays = sum(map(prod, shapes)) * jnp.dtype(conv.dtype).itemsize
         original = timings[ORIGINAL].temp_bytes
         limit = max(original, arrays) if memory is None else max(original, memory)
         allowed = {name: t for name, t in timings.items() if t.temp_bytes <= limit}
-        name = min(allowed, key=lambda name: timings[name].seconds)
-    else:
-        name = next(iter(forms))
+        best = min(allowed, key=lambda name: timings[name].seconds)
+        # A form is timed alone; what it can be fused with only the guess takes into account.
+        if name not in allowed or timings[best].seconds < _CLEARLY * timings[name].seconds:
+            name = best
     return Choice(describe(conv), name, timings), forms[name]
 
 

@@ -1,6 +1,7 @@
 """What a step costs, predicted and compiled, and what the mask left out of it."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from pockjax.costs import (
     tree_bytes,
 )
 from pockjax.masks import describe, pack
+from pockjax.rewrites import Choice
 from pockjax.training._update import Update
 
 
@@ -71,6 +73,7 @@ class Report:
         variants: total bytes of each variant that was compiled.
         rows: every parameter.
         fallbacks: where a gradient is computed wider than asked, and why.
+        rewrites: the form that was chosen for each convolution, and what each form takes here.
     """
 
     predicted: Estimate
@@ -82,6 +85,7 @@ class Report:
     variants: dict[str, int]
     rows: tuple[ParameterRow, ...]
     fallbacks: tuple[Fallback, ...]
+    rewrites: tuple[Choice, ...] = ()
 
     @property
     def residual_bytes(self) -> int:
@@ -114,6 +118,7 @@ class Report:
             "variants": self.variants,
             "parameters": [asdict(row) for row in self.rows],
             "fallbacks": [{**asdict(f), "message": str(f)} for f in self.fallbacks],
+            "rewrites": [asdict(choice) for choice in self.rewrites],
         }
 
     def to_json(self) -> str:
@@ -184,6 +189,13 @@ class Report:
             f"Of {len(self.rows)} parameter arrays, {backward} have no backward pass and for "
             f"{activations} no activation is saved.",
         ]
+        forms = Counter(c.form for c in self.rewrites if not c.is_original)
+        if forms:
+            named = ", ".join(f"{count} as {form}" for form, count in forms.most_common())
+            notes.append(
+                f"Of {len(self.rewrites)} convolutions, {forms.total()} are computed in a form "
+                f"that is faster here: {named}."
+            )
         if self.fallbacks:
             notes.append("Computed wider than asked, then sliced:")
             notes += [f"  {fallback}" for fallback in self.fallbacks]
@@ -206,7 +218,12 @@ def _quantity(value: float, unit: str) -> str:
     return f"{number} {prefixes[power]}{unit}".strip()
 
 
-def make_report(update: Update, costs: dict[str, CompiledCost], chosen: str) -> Report:
+def make_report(
+    update: Update,
+    costs: dict[str, CompiledCost],
+    chosen: str,
+    rewrites: tuple[Choice, ...] = (),
+) -> Report:
     """Counts, predicts and compares; traces nothing of the user's function again."""
     mask = update.mask.tree(update.mask.indices)
     traced = jax.make_jaxpr(update.step(chosen == "kept"))(
@@ -222,6 +239,7 @@ def make_report(update: Update, costs: dict[str, CompiledCost], chosen: str) -> 
         variants={name: cost.total_bytes for name, cost in costs.items()},
         rows=_rows(update, mask),
         fallbacks=update.joint.fallbacks,
+        rewrites=rewrites,
     )
 
 

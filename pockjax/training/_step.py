@@ -1,7 +1,7 @@
 """The compiled training step: built once from a function and a mask, run many times."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
@@ -11,6 +11,7 @@ import optax
 from pockjax.autodiff import IndexedMask, is_array
 from pockjax.costs import CompiledCost
 from pockjax.masks import MaskError, pack, resolve
+from pockjax.rewrites import BACKENDS, Choice, Rewriter
 from pockjax.training._report import Report, make_report
 from pockjax.training._state import Metrics, State
 from pockjax.training._trees import check_batch, difference, shapes_of
@@ -18,6 +19,7 @@ from pockjax.training._update import Update
 
 PyTree = Any
 Residuals = Literal["auto", "kept", "xla"]
+Rewrites = Literal["measured", "guessed", "none"]
 
 
 def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
@@ -31,6 +33,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     key: jax.Array | None = None,
     merge_aux: Callable[[PyTree, PyTree], PyTree] | None = None,
     residuals: Residuals = "kept",
+    rewrites: Rewrites = "measured",
 ) -> "Step":
     """Compiles a training step that computes, stores and updates only what a mask names.
 
@@ -60,6 +63,9 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         residuals: ``"kept"`` fixes what the backward pass keeps to the fewest bytes, which halves
             the memory of many networks; ``"xla"`` leaves the choice to XLA; ``"auto"`` compiles
             both and takes the one that needs less memory.
+        rewrites: how to find faster forms of convolutions, on a CPU (see `pockjax.rewrite`):
+            ``"measured"`` times them once on each machine, about a second for each new kind of
+            convolution; ``"guessed"`` takes the likeliest; ``"none"`` leaves all as it is.
 
     Returns:
         The step. ``fun`` was traced once, and is never called again.
@@ -82,6 +88,8 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     """
     if residuals not in ("auto", "kept", "xla"):
         raise ValueError(f"residuals must be 'auto', 'kept' or 'xla', got {residuals!r}")
+    if rewrites not in ("measured", "guessed", "none"):
+        raise ValueError(f"rewrites must be 'measured', 'guessed' or 'none', got {rewrites!r}")
     if merge_aux is not None and not has_aux:
         raise ValueError("merge_aux needs auxiliary outputs: a function with has_aux=True")
     resolve(params, mask)
@@ -91,16 +99,23 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         fun, IndexedMask.of(mask), tx, shapes_of(params), batch, has_aux, accumulate, key, merge_aux
     )
     variants = {"auto": ("kept", "xla")}.get(residuals, (residuals,))
-    compiled = {name: _compiled(update, name == "kept") for name in variants}
+    rewriter = Rewriter(measure=rewrites == "measured")
+    if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
+        rewriter = None
+    compiled = {name: _compiled(update, name == "kept", rewriter) for name in variants}
     costs = {name: CompiledCost.of(executable) for name, executable in compiled.items()}
     best = min(costs, key=lambda name: costs[name].total_bytes)
-    return Step(compiled[best], update, costs, best)
+    choices = () if rewriter is None else tuple(rewriter.choices)
+    return Step(compiled[best], update, costs, best, choices[: len(choices) // len(variants)])
 
 
-def _compiled(update: Update, kept: bool) -> Any:
+def _compiled(update: Update, kept: bool, rewriter: Rewriter | None) -> Any:
     # A state goes in where it came out, so the one must be said to be the other.
     shardings = None if update.shardings is None else (update.shardings, None)
-    step = jax.jit(update.step(kept), donate_argnums=0, out_shardings=shardings)
+    fun = update.step(kept)
+    if rewriter is not None:
+        fun = partial(rewriter.run, fun)
+    step = jax.jit(fun, donate_argnums=0, out_shardings=shardings)
     return step.lower(update.example_state, *update.arrays_of(update.batch)).compile()
 
 
@@ -110,10 +125,17 @@ class Step:
     ``state, metrics = step(state, *batch)`` runs it. The state is donated: use the one returned.
     """
 
-    def __init__(self, compiled: Any, update: Update, costs: dict[str, CompiledCost], chosen: str):
+    def __init__(
+        self,
+        compiled: Any,
+        update: Update,
+        costs: dict[str, CompiledCost],
+        chosen: str,
+        rewrites: tuple[Choice, ...],
+    ):
         """Wraps an executable; use `compile`."""
         self._compiled, self._update = compiled, update
-        self._costs, self._chosen = costs, chosen
+        self._costs, self._chosen, self._rewrites = costs, chosen, rewrites
 
     def init(
         self, params: PyTree, *, mask: PyTree = None, key: Any = None, donate: bool = False
@@ -208,7 +230,7 @@ class Step:
     @cached_property
     def report(self) -> Report:
         """What the step costs, predicted and compiled, and what was left out and why."""
-        return make_report(self._update, self._costs, self._chosen)
+        return make_report(self._update, self._costs, self._chosen, self._rewrites)
 
     @property
     def compiled(self) -> Any:

@@ -91,6 +91,15 @@ def test_small_operations_are_not_timed(cache, measured):
     assert not measured and choice.form == "multiply-adds" and choice.speedup is None
 
 
+def test_the_guess_stands_unless_another_is_clearly_faster(cache, monkeypatch):
+    for seconds, form in ((0.9, "multiply-adds"), (0.7, ORIGINAL)):
+        timings = {"multiply-adds": Timing(1.0, 0), ORIGINAL: Timing(seconds, 0)}
+        monkeypatch.setattr(_choice, "_measure", lambda conv, forms, timings=timings: timings)
+        for file in cache.rglob("*.json"):
+            file.unlink()
+        assert again(depthwise()).form == form
+
+
 def test_memory_limits_the_choice(cache, monkeypatch):
     timings = {"multiply-adds": Timing(1.0, 10**9), ORIGINAL: Timing(2.0, 10)}
     monkeypatch.setattr(_choice, "_measure", lambda conv, forms: timings)
