@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS :=
 export PYTHON
 
-.PHONY: help demo test test-slow test-oldest bench lint format lock clean
+.PHONY: help demo test test-slow test-oldest bench speed lint format lock clean
 
 help:
 	@echo "make demo         fine-tune MiniLM on BBC News twice, full and sparse; about 5 minutes"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make test-oldest  the tests, with the oldest JAX that is supported"
 	@echo "make bench        the figures of the core, into experiments/results"
+	@echo "make speed        training steps beside PyTorch's, into experiments/results/speed"
 	@echo "make lint         ruff and pyright"
 	@echo "make format       let ruff repair what it can"
 	@echo "make lock         pin requirements/*.txt anew (needs uv)"
@@ -33,6 +34,9 @@ test-oldest: .venv-oldest/.oldest
 bench: .venv/.dev
 	@$(BIN)/python -m experiments.core $(ARGS)
 
+speed: .venv/.dev .venv-torch/.torch
+	@$(BIN)/python -m experiments.speed $(ARGS)
+
 lint: .venv/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -45,6 +49,9 @@ format: .venv/.dev
 .venv/.%: requirements/%.txt pyproject.toml tools/venv.sh
 	@tools/venv.sh .venv $*
 
+.venv-torch/.%: requirements/%.txt pyproject.toml tools/venv.sh
+	@tools/venv.sh .venv-torch $*
+
 .venv-oldest/.%: requirements/%.txt pyproject.toml tools/venv.sh
 	@tools/venv.sh .venv-oldest $*
 
@@ -56,6 +63,7 @@ lock:
 	$(PIN) --extra cli --extra text -c requirements/dev.txt requirements/build.in \
 	  -o requirements/demo.txt
 	$(PIN) --extra dev requirements/oldest.in -o requirements/oldest.txt
+	$(subst pyproject.toml,,$(PIN)) requirements/torch.in -o requirements/torch.txt
 
 clean:
-	rm -rf .venv .venv-oldest build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest .venv-torch build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
