@@ -89,7 +89,7 @@ class FeatureCache:
         """
         shapes = jax.eval_shape(self._prefix, self._params, *args)
         plan: Plan = shapes.plan
-        arrays = plan.primal.args.arrays_of(args)
+        arrays = plan.args.arrays_of(args)
         consumed = [np.asarray(arrays[i]) for i in plan.consumed]
         if not shapes.computed:
             raise ValueError("there is no frozen front whose output could be kept")
@@ -136,14 +136,14 @@ class FeatureCache:
 
     def _for_one_example(self, args: tuple[Any, ...], plan: Plan) -> Plan:
         """The plan for a batch of one, so that batches of any size share what is kept."""
-        arrays = plan.primal.args.arrays_of(args)
+        arrays = plan.args.arrays_of(args)
         size = arrays[plan.consumed[0]].shape[0]
         ones = [
             jax.ShapeDtypeStruct((1, *x.shape[1:]) if x.shape[:1] == (size,) else x.shape, x.dtype)
             for x in arrays
         ]
         try:
-            small = plan.primal.args.tree(ones, like=args)
+            small = plan.args.tree(ones, like=args)
             return jax.eval_shape(self._prefix, self._params, *small).plan
         except Exception:  # a function for batches of a fixed size may fail in any way it likes
             return plan
@@ -197,7 +197,7 @@ class FeatureCache:
 
     def _check_separate(self, args: tuple[Any, ...], plan: Plan) -> None:
         """Whether the first half of a batch has the same features beside other examples."""
-        arrays = plan.primal.args.arrays_of(args)
+        arrays = plan.args.arrays_of(args)
         size = len(np.asarray(arrays[plan.consumed[0]])) if plan.consumed else 0
         half = size // 2
         if not half:
@@ -206,7 +206,7 @@ class FeatureCache:
         for i in plan.consumed:
             x = np.asarray(arrays[i])
             other[i] = np.concatenate([x[:half], np.repeat(x[:1], size - half, 0)])
-        changed = plan.primal.args.tree(other, like=args)
+        changed = plan.args.tree(other, like=args)
         expected, found = (self._run(self._params, *a).computed for a in (args, changed))
         for a, b in zip(expected, found, strict=True):
             a, b = (np.asarray(x[:half], np.float64) for x in (a, b))

@@ -31,6 +31,7 @@ class Plan:
 
     Attributes:
         primal: the function.
+        args: its arguments, taken apart; shapes in place of arrays.
         prefix: arrays of params and arguments -> computed features.
         suffix: arrays of params, then computed features, then passed arguments -> outputs.
         passed: positions of the arguments' arrays that the suffix reads itself.
@@ -39,6 +40,7 @@ class Plan:
     """
 
     primal: Primal
+    args: Arrays
     prefix: Jaxpr
     suffix: Jaxpr
     passed: tuple[int, ...]
@@ -121,7 +123,7 @@ def split(
 
     def prefix(params: PyTree, *args: Any) -> Features:
         plan = plan_of(params, args)
-        arrays = plan.primal.args.arrays_of(args)
+        arrays = plan.args.arrays_of(args)
         inputs = [*plan.primal.params.arrays_of(params), *arrays]
         computed = eval_jaxpr(plan.prefix, plan.prefix.consts, *inputs)
         return Features(tuple(computed), tuple(arrays[i] for i in plan.passed), plan)
@@ -146,7 +148,7 @@ def _identity(leaf: Any) -> Any:
 
 def _given(plan: Plan, passed: Sequence[Any], args: tuple[Any, ...]) -> list[Any]:
     """The passed arguments, those that are given again exchanged."""
-    whole = plan.primal.args
+    whole = plan.args
     children = whole.treedef.children()
     if len(args) > len(children):
         raise TypeError(f"the function takes {len(children)} arguments, {len(args)} were given")
@@ -167,7 +169,8 @@ def _given(plan: Plan, passed: Sequence[Any], args: tuple[Any, ...]) -> list[Any
 
 def make_plan(fun: Callable[..., Any], mask: PyTree, params: PyTree, args: tuple[Any, ...]) -> Plan:
     """Trace a function and find where to cut it."""
-    primal = trace(fun, _shapes(params), list(_shapes(args)), scalar=False)
+    shapes = _shapes(args)
+    primal = trace(fun, _shapes(params), shapes, scalar=False)
     jaxpr = inlined(primal.jaxpr)
     n_params = len(primal.params.arrays)
     entries, _, _ = resolve(params, mask)
@@ -219,6 +222,7 @@ def make_plan(fun: Callable[..., Any], mask: PyTree, params: PyTree, args: tuple
     read = _read(prefix)
     return Plan(
         primal,
+        Arrays.of(shapes),
         prefix,
         suffix,
         passed,
