@@ -28,6 +28,7 @@ _SECONDS = 0.02  # of running, for each form
 _MOST_RUNS = 30
 _HOPELESS = 3.0  # times slower in its first run than the best: not timed any further
 _CLEARLY = 0.8  # of the guess's time, for another form to be taken
+_NO_MATTER = 4 * 2**20  # bytes of intermediate arrays that any form may have
 _WORTH_TIMING = 500_000  # products; below that, any form is quick
 
 _log = logging.getLogger("pockjax")
@@ -79,8 +80,8 @@ def choose(conv: Convolution, *, measure: bool, memory: int | None) -> tuple[Cho
     Args:
         conv: the convolution.
         measure: time the forms, unless that was done before; else the likeliest is taken.
-        memory: bytes that a form's intermediate arrays may take; None for as many as XLA's own
-            form takes, or the arguments and the result, whichever are more.
+        memory: bytes that a form's intermediate arrays may take; XLA's own form may take what it
+            takes. None for twice the bytes of the arguments and the result, or a few megabytes.
     """
     forms = candidates(conv)
     timings: dict[str, Timing] = {}
@@ -91,7 +92,8 @@ def choose(conv: Convolution, *, measure: bool, memory: int | None) -> tuple[Cho
         shapes = (conv.lhs_shape, conv.rhs_shape, conv.out_shape)
         arrays = sum(map(prod, shapes)) * jnp.dtype(conv.dtype).itemsize
         original = timings[ORIGINAL].temp_bytes
-        limit = max(original, arrays) if memory is None else max(original, memory)
+        limit = max(2 * arrays, _NO_MATTER) if memory is None else memory
+        limit = max(limit, original)
         allowed = {name: t for name, t in timings.items() if t.temp_bytes <= limit}
         best = min(allowed, key=lambda name: timings[name].seconds)
         # A form is timed alone; what it can be fused with only the guess takes into account.

@@ -55,8 +55,8 @@ def rewrite[**P, R](
         measure: time the forms of each new kind of convolution once on this machine, which takes
             a second or so for each; the timings are kept in the cache folder, `$POCKJAX_CACHE`.
             Otherwise the form is guessed.
-        memory: bytes that one form's intermediate arrays may take; by default as much as XLA's
-            own form, or as the arguments and the result.
+        memory: bytes that one form's intermediate arrays may take; by default twice the bytes of
+            its arguments and result.
 
     >>> import jax.numpy as jnp
     >>> blur = lambda x, w: jax.lax.conv_general_dilated(
