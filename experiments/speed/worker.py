@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-
 WARM_UP = 2
 """Steps at the beginning of a turn that are not timed: caches hold what the last peer needed."""
 
