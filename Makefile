@@ -57,7 +57,7 @@ format: .venv/.dev
 
 # One set of versions: dev first, then demo constrained by it.
 PIN = uv pip compile pyproject.toml --quiet --universal --python-version 3.12 --upgrade \
-  --generate-hashes --no-emit-index-url --no-annotate --no-header
+  --generate-hashes --no-annotate --no-header
 lock:
 	$(PIN) --extra dev -o requirements/dev.txt
 	$(PIN) --extra cli --extra text -c requirements/dev.txt requirements/build.in \
