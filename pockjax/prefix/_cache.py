@@ -69,10 +69,13 @@ class FeatureCache:
         self._memory, self._disk = memory, disk
         self._folder = None if folder is None else Path(folder)
         self._dtype = None if dtype is None else jnp.dtype(dtype)
+        if self._dtype is not None and not jnp.issubdtype(self._dtype, jnp.floating):
+            raise ValueError(f"features are kept in a floating point dtype, not {self._dtype}")
         self._rows: OrderedDict[bytes, Rows] = OrderedDict()
         self._bytes = 0
         self._written: dict[str, int] = {}
         self._fronts: dict[Plan, str] = {}
+        self._checked: set[Plan] = set()
         self.hits = 0
         self.misses = 0
 
@@ -94,8 +97,11 @@ class FeatureCache:
         if not shapes.computed:
             raise ValueError("there is no frozen front whose output could be kept")
         size = _batch_size([*consumed, *shapes.computed])
+        if not size:
+            raise ValueError("a batch of no examples has no features")
+        if plan not in self._checked and self._check_separate(args, plan):
+            self._checked.add(plan)
         if plan not in self._fronts:
-            self._check_separate(args, plan)
             self._fronts[plan] = self._fingerprint(self._for_one_example(args, plan))
         front = self._fronts[plan]
         keys = [self._key(front, [x[i] for x in consumed]) for i in range(size)]
@@ -175,6 +181,8 @@ class FeatureCache:
         return row
 
     def _keep(self, front: str, key: bytes, row: Rows) -> None:
+        if key in self._rows:  # the same example twice in a batch
+            return
         self._remember(key, row)
         if self._folder is None:
             return
@@ -195,26 +203,38 @@ class FeatureCache:
             _, oldest = self._rows.popitem(last=False)
             self._bytes -= sum(x.nbytes for x in oldest)
 
-    def _check_separate(self, args: tuple[Any, ...], plan: Plan) -> None:
-        """Whether the first half of a batch has the same features beside other examples."""
+    def _check_separate(self, args: tuple[Any, ...], plan: Plan) -> bool:
+        """Whether an example has the same features beside others, and in another place.
+
+        Returns:
+            False if all examples are alike, so that nothing can be told from them.
+
+        Raises:
+            ValueError: they are not the same.
+        """
         arrays = plan.args.arrays_of(args)
-        size = len(np.asarray(arrays[plan.consumed[0]])) if plan.consumed else 0
-        half = size // 2
-        if not half:
-            return
-        other = list(arrays)
-        for i in plan.consumed:
-            x = np.asarray(arrays[i])
-            other[i] = np.concatenate([x[:half], np.repeat(x[:1], size - half, 0)])
-        changed = plan.args.tree(other, like=args)
-        expected, found = (self._run(self._params, *a).computed for a in (args, changed))
-        for a, b in zip(expected, found, strict=True):
-            a, b = (np.asarray(x[:half], np.float64) for x in (a, b))
-            if np.abs(a - b).max(initial=0) > _TOLERANCE * max(np.abs(a).max(initial=0), 1e-30):
-                raise ValueError(
-                    "the frozen front mixes the examples of a batch (does it compute batch "
-                    "statistics?), so its output cannot be kept for each of them"
-                )
+        consumed = {i: np.asarray(arrays[i]) for i in plan.consumed}
+        size = min((len(x) for x in consumed.values()), default=0)
+        if all((x == x[:1]).all() for x in consumed.values()):
+            return False
+        # Turned around, each example has another place; with copies of the first one in the second
+        # half, other neighbours.
+        half = np.arange(size)
+        half[size - size // 2 :] = 0
+        expected = self._run(self._params, *args).computed
+        for order in (np.arange(size)[::-1], half):
+            other = [consumed[i][order] if i in consumed else x for i, x in enumerate(arrays)]
+            changed = self._run(self._params, *plan.args.tree(other, like=args)).computed
+            for a, b in zip(expected, changed, strict=True):
+                a, b = np.asarray(a, np.float64)[order], np.asarray(b, np.float64)
+                scale = np.abs(a[np.isfinite(a)]).max(initial=1e-30)
+                if not np.allclose(a, b, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
+                    raise ValueError(
+                        "what the frozen front gives for an example depends on the batch: it "
+                        "computes batch statistics, say, or draws a number for each place; so it "
+                        "cannot be kept by example"
+                    )
+        return True
 
 
 def _batch_size(arrays: list[Any]) -> int:

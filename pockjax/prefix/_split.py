@@ -21,8 +21,9 @@ from pockjax.masks import resolve
 
 PyTree = Any
 
-# What draws random numbers gives others each time, so it is no part of a front to be kept.
-_RANDOM = ("random_", "threefry", "rng_")
+# What draws random numbers, or calls back into Python, may give others each time: it is no part of
+# a front to be kept.
+_UNSTEADY = ("random_", "threefry", "rng_", "pure_callback", "io_callback", "debug_callback")
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +189,7 @@ def make_plan(fun: Callable[..., Any], mask: PyTree, params: PyTree, args: tuple
         varies = bool(reads & of_batch)
         if varies:
             of_batch.update(eqn.outvars)
-        if reads & changing or (varies and _draws(eqn)) or eqn.effects:
+        if reads & changing or (varies and _is_unsteady(eqn)) or eqn.effects:
             changing.update(eqn.outvars)
             rest.append(eqn)
         else:
@@ -231,11 +232,11 @@ def make_plan(fun: Callable[..., Any], mask: PyTree, params: PyTree, args: tuple
     )
 
 
-def _draws(eqn: JaxprEqn) -> bool:
-    """Whether an equation, or one inside it, draws random numbers."""
-    if eqn.primitive.name.startswith(_RANDOM):
+def _is_unsteady(eqn: JaxprEqn) -> bool:
+    """Whether an equation, or one inside it, may give other numbers each time."""
+    if eqn.primitive.name.startswith(_UNSTEADY):
         return True
-    return any(_draws(inner) for jaxpr in subjaxprs(eqn) for inner in jaxpr.eqns)
+    return any(_is_unsteady(inner) for jaxpr in subjaxprs(eqn) for inner in jaxpr.eqns)
 
 
 def _read(jaxpr: Jaxpr) -> set[Var]:

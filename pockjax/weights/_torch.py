@@ -13,6 +13,7 @@ from pockjax.weights._errors import WeightsError
 from pockjax.weights._unpickler import Storage, Unpickler, finish
 
 _ZIP_MAGIC = b"PK"
+_LONGEST_PICKLE = 2**28
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -43,8 +44,8 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     except (EOFError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{file} is cut short, or is no file of torch's: {error}") from error
     # What an unpickler raises on bytes that are no pickle, or one made to mislead.
-    except (pickle.UnpicklingError, AttributeError, IndexError, KeyError, TypeError, ValueError,
-            OverflowError, ImportError) as error:  # fmt: skip
+    except (pickle.UnpicklingError, LookupError, AttributeError, TypeError, ValueError,
+            OverflowError, ImportError, RuntimeError, MemoryError) as error:  # fmt: skip
         raise WeightsError(f"{file} is damaged, or is no file of torch's: {error}") from error
 
 
@@ -63,10 +64,16 @@ def _read_zip(stream: IO[bytes]) -> Any:
 
         def data(storage: Storage) -> np.ndarray:
             if storage.key not in read:
-                content = archive.read(f"{root}data/{storage.key}")
-                read[storage.key] = _numbers(content, storage)
+                name = f"{root}data/{storage.key}"
+                # Before it is read: what is compressed may be of any length.
+                found, needed = archive.getinfo(name).file_size, storage.nbytes
+                if found != needed:
+                    raise EOFError(f"storage {storage.key} has {found} bytes of {needed}")
+                read[storage.key] = _numbers(archive.read(name), storage)
             return read[storage.key]
 
+        if archive.getinfo(names[0]).file_size > _LONGEST_PICKLE:
+            raise WeightsError(f"its pickle is longer than {_LONGEST_PICKLE} bytes")
         return finish(Unpickler(io.BytesIO(archive.read(names[0]))).load(), data)
 
 
@@ -97,13 +104,13 @@ class _Legacy(Unpickler):
         super().__init__(stream)
         self.storages: dict[str, Storage] = {}
 
-    def persistent_load(self, pid: Any, /) -> Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         storage = super().persistent_load(pid)
         return self.storages.setdefault(storage.key, storage)
 
 
 def _numbers(content: bytes, storage: Storage) -> np.ndarray:
-    needed = storage.size * storage.dtype.itemsize
+    needed = storage.nbytes
     if len(content) < needed:
         raise EOFError(f"storage {storage.key} has {len(content)} bytes of {needed}")
     return np.frombuffer(content, storage.dtype, storage.size)

@@ -47,6 +47,11 @@ class Storage:
     dtype: np.dtype
     size: int
 
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.size * self.dtype.itemsize
+
 
 class _Tensor:
     """A strided view of a storage."""
@@ -63,6 +68,9 @@ class _Tensor:
         empty = math.prod(self.shape) == 0
         if self.offset < 0 or (not empty and self.offset + reach >= data.size):
             raise WeightsError(f"a tensor of shape {self.shape} reaches beyond its storage")
+        if math.prod(self.shape) > data.size:
+            # Strides of zero repeat numbers: a few bytes could ask for any amount of memory.
+            raise WeightsError(f"a tensor of shape {self.shape} is larger than its storage")
         steps = tuple(stride * data.itemsize for stride in self.strides)
         view = np.lib.stride_tricks.as_strided(data[self.offset :], self.shape, steps)
         return np.ascontiguousarray(view).reshape(self.shape)
@@ -96,11 +104,11 @@ class _Array:
         return flat.reshape(self.shape, order="F" if self.fortran else "C")
 
 
-class Unpickler(pickle.Unpickler):
+class Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
     """Reads one pickle; `finish` then turns what it read into arrays.
 
-    The callables that a file may name are bound methods: unlike classes and functions they have no
-    attributes that a pickle could overwrite.
+    It is Python's own in Python: the one in C makes a table as long as the largest number that a
+    pickle gives to an object, so that a few bytes could ask for any amount of memory.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -121,7 +129,7 @@ class Unpickler(pickle.Unpickler):
             **{("torch", name): name for name in _STORAGES},
         }
 
-    def find_class(self, module: str, name: str, /) -> Any:
+    def find_class(self, module: str, name: str) -> Any:
         """A stand-in for what the file names."""
         if (module, name) not in self._known:
             raise WeightsError(
@@ -130,11 +138,13 @@ class Unpickler(pickle.Unpickler):
             )
         return self._known[module, name]
 
-    def persistent_load(self, pid: Any, /) -> Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         """A storage; the only thing that torch's files refer to this way."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise WeightsError(f"refused: it refers to {pid!r}, which is not a tensor's storage")
         _, kind, key, _, size = pid[:5]
+        if int(size) < 0:
+            raise WeightsError(f"storage {key!r} has a size of {size}")
         return Storage(str(key), np.dtype(_STORAGES[kind]), int(size))
 
     @staticmethod
@@ -159,21 +169,34 @@ class Unpickler(pickle.Unpickler):
         return tensor
 
 
-def finish(tree: Any, read: Callable[[Storage], np.ndarray]) -> Any:
+def finish(
+    tree: Any, read: Callable[[Storage], np.ndarray], done: dict[int, Any] | None = None
+) -> Any:
     """Replace the stand-ins in what an `Unpickler` has read by arrays.
 
     Args:
         tree: Dicts, lists and tuples of stand-ins, numbers and strings.
         read: The flat array of a storage.
+        done: What has been replaced, by identity: an object that stands in many places is one.
     """
+    done = {} if done is None else done
+    if id(tree) in done:
+        return done[id(tree)]
     if isinstance(tree, _Tensor):
-        return tree.array(read(tree.storage))
-    if isinstance(tree, _Array):
-        return tree.array()
-    if isinstance(tree, Mapping):
-        return {key: finish(value, read) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(finish(value, read) for value in tree)
+        found = tree.array(read(tree.storage))
+    elif isinstance(tree, _Array):
+        found = tree.array()
+    elif isinstance(tree, Mapping):
+        found = {key: finish(value, read, done) for key, value in tree.items()}
+    elif isinstance(tree, list | tuple):
+        found = type(tree)(finish(value, read, done) for value in tree)
+    else:
+        return _plain(tree)
+    done[id(tree)] = found
+    return found
+
+
+def _plain(tree: Any) -> Any:
     if tree is None or isinstance(tree, bool | int | float | str | bytes):
         return tree
     raise WeightsError(f"it holds {type(tree).__name__!r}, which is no array, number or text")

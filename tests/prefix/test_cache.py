@@ -1,5 +1,6 @@
 """Features are kept by content, within bounds, and never used for anything else."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,15 +133,54 @@ def test_batches_of_other_sizes():
     assert cache.nbytes == 6 * ROW or cache.hits == 0
 
 
-def test_fronts_that_mix_examples_are_refused():
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: (x - x.mean(0)) / (x.std(0) + 1e-3),
+        lambda x: x + jnp.arange(len(x))[:, None],
+        lambda x: jnp.cumsum(x, 0),
+        lambda x: x - x[:1],
+        lambda x: x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape),
+    ],
+    ids=["statistics", "position", "sums", "the first", "dropout with one key"],
+)
+def test_fronts_that_depend_on_the_batch_are_refused(mix):
     def mixing(params, x, y):
-        x = x @ params["front"]
-        x = jnp.tanh((x - x.mean(0)) / (x.std(0) + 1e-3))
-        return jnp.mean((x @ params["head"] - y) ** 2)
+        return jnp.mean((jnp.tanh(mix(x @ params["front"])) @ params["head"] - y) ** 2)
 
     prefix, _ = pj.split(mixing, MASK)
-    with pytest.raises(ValueError, match="mixes the examples"):
+    cache = pj.FeatureCache(prefix, PARAMS)
+    cache(np.ones_like(EXAMPLES[:1]), LABELS[:1])  # tells nothing
+    with pytest.raises(ValueError, match="depends on the batch"):
+        cache(EXAMPLES, LABELS)
+
+
+def test_an_example_twice_in_a_batch():
+    cache, suffix = make(memory=5 * ROW)
+    check(cache, suffix, np.zeros(8, int))
+    assert cache.nbytes == ROW
+    check(cache, suffix, np.arange(4))
+    check(cache, suffix, np.arange(4))
+    assert cache.nbytes == 4 * ROW and cache.hits == 5
+
+
+def test_callbacks_are_no_part_of_a_front():
+    def fun(params, x, y):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        x = jax.pure_callback(lambda x: 2 * x, shape, x)
+        return loss(params, x, y)
+
+    prefix, _ = pj.split(fun, MASK)
+    with pytest.raises(ValueError, match="no frozen front"):
         pj.FeatureCache(prefix, PARAMS)(EXAMPLES, LABELS)
+
+
+def test_impossible_settings():
+    with pytest.raises(ValueError, match="floating point dtype, not int8"):
+        make(dtype="int8")
+    cache, _ = make()
+    with pytest.raises(ValueError, match="no examples"):
+        cache(EXAMPLES[:0], LABELS[:0])
 
 
 def test_nothing_to_keep():

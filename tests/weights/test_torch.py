@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 import zipfile
 from collections import OrderedDict
 
@@ -171,3 +172,41 @@ def test_stand_ins_cannot_be_changed(tmp_path, name):
         archive.writestr("archive/data.pkl", pickled)
     with pytest.raises(WeightsError, match="damaged"):
         read_torch(tmp_path / "w.pkl")
+
+
+def _legacy(pickled: bytes) -> bytes:
+    return b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, _MACHINE)) + pickled
+
+
+_MACHINE = {"little_endian": True}
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        # Each list holds the one before it twice: walked as a tree, there are 2^60 of them.
+        b"]q\x00" + b"".join(bytes([0x28, 0x68, i, 0x68, i, 0x6C, 0x71, i + 1]) for i in range(60)),
+        b"]r\xff\xff\xff\x7f",  # the last of two thousand million remembered objects
+        b"]q\x00h\x00a",  # a list that holds itself
+        b"(" * 5000 + b"t" * 5000,
+        b"\x8e" + (2**45).to_bytes(8, "little"),
+    ],
+    ids=["sharing", "memo", "cycle", "depth", "length"],
+)
+def test_small_files_ask_for_little(tmp_path, pickled):
+    file = tmp_path / "w.pth"
+    file.write_bytes(_legacy(pickled + b".") + pickle.dumps([], 2))
+    begun = time.monotonic()
+    try:
+        read_torch(file)
+    except WeightsError as error:
+        assert "w.pth" in str(error)
+    assert time.monotonic() - begun < 10
+
+
+@_WRITERS
+def test_repeated_numbers_are_refused(tmp_path, write):
+    file = tmp_path / "w.pth"
+    write(file, {"a": Tensor(np.zeros(4, np.float32), (500_000_000,), (0,))})
+    with pytest.raises(WeightsError, match="is larger than its storage"):
+        read_torch(file)
