@@ -167,7 +167,12 @@ def evaluation_batches[Batch](dataset: Dataset[Batch], *, size: int) -> Iterator
     Yields:
         A batch, and how many of its examples count; the last batch of each width is filled up with
         repeats.
+
+    Raises:
+        ValueError: The size is below 1.
     """
+    if size < 1:
+        raise ValueError(f"a batch holds at least one example, not {size}")
     widths = dataset.widths
     for width in np.unique(widths):
         members = np.flatnonzero(widths == width)

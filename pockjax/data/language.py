@@ -209,6 +209,9 @@ def _records(file: Path, text: str) -> Iterator[tuple[int, Any]]:
         at = _skip(text, at, "," if array else "")
     if array and at >= len(text):
         raise ValueError(f"{file}:{text.count(chr(10)) + 1}: the array does not end")
+    if array and (rest := _skip(text, at + 1, "")) < len(text):
+        line = text.count("\n", 0, rest) + 1
+        raise ValueError(f"{file}:{line}: more follows the end of the array")
 
 
 def _skip(text: str, at: int, also: str) -> int:

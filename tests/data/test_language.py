@@ -185,3 +185,11 @@ def test_published_text(shared_data):
     assert len(train) + len(test) == len(data) > 100
     tokens, targets, _ = next(iter(Loader(train, size=4)))
     np.testing.assert_array_equal(tokens[:, 1:], targets[:, :-1])
+
+
+@pytest.mark.parametrize("more", ['[{"instruction": "b", "output": "y"}]', "garbage"])
+def test_what_follows_an_array_is_not_dropped(tmp_path, more):
+    file = tmp_path / "records.json"
+    file.write_text('[{"instruction": "a", "output": "x"}]\n' + more)
+    with pytest.raises(ValueError, match=r"records\.json:2: more follows"):
+        read_instructions(file)

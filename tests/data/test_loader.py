@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pockjax.data import Loader, Sequences, evaluation_batches, split
+from pockjax.data import Encoded, Loader, Sequences, evaluation_batches, split
 
 
 @dataclass(frozen=True)
@@ -132,3 +132,11 @@ def test_split_without_labels():
     train, test = split(data, held_out=0.25, seed=0)
     assert (len(train), len(test)) == (15, 5)
     assert sorted([*train.tokens[:, 0], *test.tokens[:, 0]]) == list(range(0, 40, 2))
+
+
+@pytest.mark.parametrize("size", [0, -2])
+def test_batches_of_nothing(size):
+    tokens = np.arange(4).reshape(4, 1)
+    data = Encoded(tokens, tokens >= 0, tokens[:, 0])
+    with pytest.raises(ValueError, match="at least one example"):
+        next(evaluation_batches(data, size=size))
