@@ -28,31 +28,29 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def _fetched(source: str) -> Path:
+    try:
+        return hub.fetch(source)
+    except hub.HubError as error:
+        pytest.skip(f"{source} cannot be fetched: {error}")
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """Folder with the published all-MiniLM-L6-v2."""
-    try:
-        return hub.fetch("all-minilm-l6-v2")
-    except hub.HubError as error:
-        pytest.skip(f"all-minilm-l6-v2 cannot be fetched: {error}")
+    return _fetched("all-minilm-l6-v2")
 
 
 @pytest.fixture(scope="session")
 def bbc_news() -> Path:
     """Folder with the BBC News corpus."""
-    try:
-        return hub.fetch("bbc-news")
-    except hub.HubError as error:
-        pytest.skip(f"bbc-news cannot be fetched: {error}")
+    return _fetched("bbc-news")
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder with SmolLM2-135M-Instruct as a GGUF file."""
-    try:
-        return hub.fetch("smollm2-135m-instruct")
-    except hub.HubError as error:
-        pytest.skip(f"smollm2-135m-instruct cannot be fetched: {error}")
+    return _fetched("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 import pockjax as pj
 from pockjax import models
 from pockjax.models import bert, efficientnet_lite, llama, mobilenet_v2, resnet
-from pockjax.models._llama_weights import _HUGGING_FACE as LLAMA_NAMES
 
 SCHEMES = Path("configs/schemes")
 IMAGE_CLASSES, TEXT_CLASSES = 1000, 10
@@ -65,11 +64,7 @@ def names(model: str) -> Mapping[str, str] | None:
             own = {f"classifier/{k}": f"classifier.{v}" for k, v in _CLASSIFIER.items()}
             return bert.published_names(bert.MINILM, ()) | own
         case "smollm2-135m":
-            found = {}
-            for path, name in LLAMA_NAMES.items():
-                for k in range(llama.SMOLLM2_135M.layers):
-                    found[path.replace("layers/", f"layers/{k}/")] = name.format(k)
-            return found
+            return models.llama_names(llama.SMOLLM2_135M)
     return None
 
 

@@ -228,6 +228,18 @@ _HUGGING_FACE = {
 }
 
 
+def published_names(config: LlamaConfig) -> dict[str, str]:
+    """Map each parameter's path in the unrolled form to its name in Hugging Face's files."""
+    names = {}
+    for path, name in _HUGGING_FACE.items():
+        if path.startswith("layers/"):
+            for k in range(config.layers):
+                names[path.replace("layers", f"layers/{k}", 1)] = name.format(k)
+        else:
+            names[path] = name
+    return names
+
+
 def _from_folder(folder: Path) -> _Published:
     config = config_from_json(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))

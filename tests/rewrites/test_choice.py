@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from math import prod
 
 import jax.numpy as jnp
 import pytest
@@ -106,6 +107,20 @@ def test_memory_limits_the_choice(cache, monkeypatch):
     assert again(depthwise()).form == ORIGINAL
     assert choose(depthwise(), measure=True, memory=10**9)[0].form == "multiply-adds"
     assert choose(depthwise(), measure=True, memory=10**8)[0].form == ORIGINAL
+
+
+@pytest.mark.parametrize(
+    ("pixels", "times", "form"),
+    [(16, 2.5, "multiply-adds"), (64, 1.5, "multiply-adds"), (64, 3.0, ORIGINAL)],
+    ids=["copies of a small image", "a copy of a large one", "copies of a large one"],
+)
+def test_memory_that_a_form_may_take_by_default(cache, monkeypatch, pixels, times, form):
+    """Of small images the padded copies alone can be larger than the arrays."""
+    conv = depthwise(pixels, channels=256)
+    arrays = 4 * sum(map(prod, (conv.lhs_shape, conv.rhs_shape, conv.out_shape)))
+    timings = {"multiply-adds": Timing(1.0, int(times * arrays)), ORIGINAL: Timing(20.0, 0)}
+    monkeypatch.setattr(_choice, "_measure", lambda conv, forms: timings)
+    assert again(conv).form == form
 
 
 def test_processes_share_a_cache(cache):
