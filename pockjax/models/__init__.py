@@ -2,8 +2,8 @@
 
 from pockjax.models._blocks import fold_batch_norm as fold_batch_norm
 from pockjax.models._generate import generate as generate
+from pockjax.models._llama_weights import llama_names as llama_names
 from pockjax.models._llama_weights import load_llama as load_llama
-from pockjax.models._llama_weights import published_names as llama_names
 from pockjax.models._preprocess import ImagePreprocess as ImagePreprocess
 from pockjax.models._registry import Entry as Entry
 from pockjax.models._registry import entry as entry

@@ -228,7 +228,7 @@ _HUGGING_FACE = {
 }
 
 
-def published_names(config: LlamaConfig) -> dict[str, str]:
+def llama_names(config: LlamaConfig) -> dict[str, str]:
     """Map each parameter's path in the unrolled form to its name in Hugging Face's files."""
     names = {}
     for path, name in _HUGGING_FACE.items():
