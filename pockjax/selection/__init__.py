@@ -1,0 +1,5 @@
+"""Which parameters to train: units, what each is worth, and the best of them under a budget."""
+
+from pockjax.selection._sensitivity import Sensitivity as Sensitivity
+from pockjax.selection._units import Unit as Unit
+from pockjax.selection._units import union as union
