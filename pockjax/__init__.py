@@ -25,11 +25,14 @@ from pockjax.prefix import FeatureCache as FeatureCache
 from pockjax.prefix import Features as Features
 from pockjax.prefix import split as split
 from pockjax.rewrites import rewrite as rewrite
+from pockjax.training import Fit as Fit
+from pockjax.training import Measurement as Measurement
 from pockjax.training import Metrics as Metrics
 from pockjax.training import Report as Report
 from pockjax.training import State as State
 from pockjax.training import Step as Step
 from pockjax.training import compile as compile
+from pockjax.training import fit as fit
 
 try:
     __version__ = _version("pockjax")

@@ -1,5 +1,8 @@
 """The compiled training step: `compile`, its state and its report."""
 
+from pockjax.training._loop import Fit as Fit
+from pockjax.training._loop import fit as fit
+from pockjax.training._measure import Measurement as Measurement
 from pockjax.training._report import Estimate as Estimate
 from pockjax.training._report import ParameterRow as ParameterRow
 from pockjax.training._report import Report as Report

@@ -18,6 +18,7 @@ from pockjax.costs import (
 )
 from pockjax.masks import describe, pack
 from pockjax.rewrites import Choice
+from pockjax.training._measure import Measurement
 from pockjax.training._update import Update
 
 
@@ -74,6 +75,7 @@ class Report:
         rows: every parameter.
         fallbacks: where a gradient is computed wider than asked, and why.
         rewrites: the form that was chosen for each convolution, and what each form takes here.
+        measured: time and page faults, once `Step.measure` was called.
     """
 
     predicted: Estimate
@@ -86,6 +88,7 @@ class Report:
     rows: tuple[ParameterRow, ...]
     fallbacks: tuple[Fallback, ...]
     rewrites: tuple[Choice, ...] = ()
+    measured: Measurement | None = None
 
     @property
     def residual_bytes(self) -> int:
@@ -119,6 +122,7 @@ class Report:
             "parameters": [asdict(row) for row in self.rows],
             "fallbacks": [{**asdict(f), "message": str(f)} for f in self.fallbacks],
             "rewrites": [asdict(choice) for choice in self.rewrites],
+            "measured": None if self.measured is None else asdict(self.measured),
         }
 
     def to_json(self) -> str:
@@ -189,6 +193,8 @@ class Report:
             f"Of {len(self.rows)} parameter arrays, {backward} have no backward pass and for "
             f"{activations} no activation is saved.",
         ]
+        if self.measured is not None:
+            notes.append(f"Measured: {self.measured}.")
         forms = Counter(c.form for c in self.rewrites if not c.is_original)
         if forms:
             named = ", ".join(f"{count} as {form}" for form, count in forms.most_common())

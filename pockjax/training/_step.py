@@ -1,6 +1,7 @@
 """The compiled training step: built once from a function and a mask, run many times."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pockjax._allocator import advise
 from pockjax.autodiff import IndexedMask, is_array
 from pockjax.costs import CompiledCost
 from pockjax.masks import MaskError, pack, resolve
 from pockjax.rewrites import BACKENDS, Choice, Rewriter
+from pockjax.training._measure import Measurement, measured
 from pockjax.training._report import Report, make_report
 from pockjax.training._state import Metrics, State
 from pockjax.training._trees import check_batch, difference, shapes_of
@@ -102,21 +105,45 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     rewriter = Rewriter(measure=rewrites == "measured")
     if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
         rewriter = None
-    compiled = {name: _compiled(update, name == "kept", rewriter) for name in variants}
+    programs = {name: Program(name == "kept", rewriter) for name in variants}
+    compiled = {name: program.compiled(update) for name, program in programs.items()}
     costs = {name: CompiledCost.of(executable) for name, executable in compiled.items()}
     best = min(costs, key=lambda name: costs[name].total_bytes)
+    if jax.default_backend() == "cpu":
+        advise(costs[best].temp_bytes)
     choices = () if rewriter is None else tuple(rewriter.choices)
-    return Step(compiled[best], update, costs, best, choices[: len(choices) // len(variants)])
+    choices = choices[: len(choices) // len(variants)]
+    return Step(compiled[best], update, costs, best, choices, programs[best])
 
 
-def _compiled(update: Update, kept: bool, rewriter: Rewriter | None) -> Any:
-    # A state goes in where it came out, so the one must be said to be the other.
-    shardings = None if update.shardings is None else (update.shardings, None)
-    fun = update.step(kept)
-    if rewriter is not None:
-        fun = partial(rewriter.run, fun)
-    step = jax.jit(fun, donate_argnums=0, out_shardings=shardings)
-    return step.lower(update.example_state, *update.arrays_of(update.batch)).compile()
+@dataclass(frozen=True)
+class Program:
+    """How an update is compiled.
+
+    Attributes:
+        kept: whether what the backward pass keeps is fixed.
+        rewriter: finds faster forms; None to leave all as it is.
+    """
+
+    kept: bool
+    rewriter: Rewriter | None
+
+    def function(self, update: Update) -> Callable[..., tuple[State, Metrics]]:
+        """One step."""
+        return update.step(self.kept)
+
+    def compiled(
+        self, update: Update, fun: Callable[..., Any] | None = None, batch: Any = None
+    ) -> Any:
+        """The executable of one step, or of another function of state and batches."""
+        # A state goes in where it came out, so the one must be said to be the other.
+        shardings = None if update.shardings is None else (update.shardings, None)
+        fun = self.function(update) if fun is None else fun
+        batch = update.arrays_of(update.batch) if batch is None else batch
+        if self.rewriter is not None:
+            fun = partial(self.rewriter.run, fun)
+        step = jax.jit(fun, donate_argnums=0, out_shardings=shardings)
+        return step.lower(update.example_state, *batch).compile()
 
 
 class Step:
@@ -132,8 +159,12 @@ class Step:
         costs: dict[str, CompiledCost],
         chosen: str,
         rewrites: tuple[Choice, ...],
+        program: "Program",
     ):
         """Wraps an executable; use `compile`."""
+        self._program = program
+        self._many: dict[int, Any] = {}
+        self._measured: Measurement | None = None
         self._compiled, self._update = compiled, update
         self._costs, self._chosen, self._rewrites = costs, chosen, rewrites
 
@@ -197,6 +228,73 @@ class Step:
                 raise
             raise TypeError(problem) from error
 
+    def many(self, state: State, *batches: Any) -> tuple[State, Metrics]:
+        """Runs several steps in one call: temporary memory is allocated once for all of them.
+
+        A program of its own is compiled for each number of steps, once. The steps are those that
+        as many calls would take.
+
+        Args:
+            state: the state so far; donated.
+            *batches: each array of a batch with a new first axis, of steps.
+
+        Returns:
+            The state after the last step, and the metrics of all, along a new first axis.
+
+        Raises:
+            TypeError: if a batch differs from what was compiled.
+            ValueError: if arrays differ in the number of steps, or there are none.
+        """
+        arrays = self._update.arrays_of(batches)
+        sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(arrays)}
+        if len(sizes) != 1 or sizes & {(), (0,)}:
+            raise ValueError(
+                "each array of the batches needs a first axis of steps, as long as the others'; "
+                f"found {sorted(sizes)}"
+            )
+        [(steps,)] = sizes
+        one = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x))
+            if is_array(x) else x, batches,
+        )  # fmt: skip
+        problem = self._update.difference(one)
+        if problem is not None:
+            raise TypeError(problem)
+        if steps not in self._many:
+            fun = self._program.function(self._update)
+            self._many[steps] = self._program.compiled(
+                self._update,
+                lambda state, *batches: jax.lax.scan(lambda s, b: fun(s, *b), state, batches),
+                jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct((steps, *x.shape), x.dtype),
+                    self._update.arrays_of(self._update.batch),
+                ),
+            )
+        return self._many[steps](state, *arrays)
+
+    def measure(self, state: State, *batch: Any, steps: int = 20) -> Measurement:
+        """Times steps on a copy of a state; from then on the report shows it too.
+
+        Args:
+            state: where to begin; it stays as it is.
+            *batch: the same for all steps.
+            steps: how many to time, after two to warm up.
+
+        >>> import pockjax as pj
+        >>> step = pj.compile(lambda w: jnp.sum(w**2), True, optax.sgd(0.1), jnp.ones(3))
+        >>> step.measure(step.init(jnp.ones(3)), steps=5).steps
+        5
+        """
+        state = jax.tree.map(jnp.copy, state)
+
+        def run() -> Any:
+            nonlocal state
+            state, metrics = self(state, *batch)
+            return state, metrics
+
+        self._measured = measured(run, steps, self._costs[self._chosen].temp_bytes)
+        return self._measured
+
     def reselect(self, state: State, mask: PyTree) -> State:
         """Trains other positions from here on, without compiling again.
 
@@ -227,9 +325,13 @@ class Step:
             )
         return indexed
 
-    @cached_property
+    @property
     def report(self) -> Report:
         """What the step costs, predicted and compiled, and what was left out and why."""
+        return replace(self._report, measured=self._measured)
+
+    @cached_property
+    def _report(self) -> Report:
         return make_report(self._update, self._costs, self._chosen, self._rewrites)
 
     @property

@@ -17,11 +17,13 @@ from pockjax.autodiff import (
     Joint,
     Primal,
     differentiate,
+    inlined,
     is_array,
     trace,
 )
 from pockjax.masks import apply_updates, pack
 from pockjax.training._placement import home_of, shardings_of
+from pockjax.training._schedule import Schedule
 from pockjax.training._state import Metrics, State
 from pockjax.training._trees import difference, same, shapes_of, unaliased
 
@@ -101,34 +103,72 @@ class Update:
         advice = "; compile another step for it, or pad the batch"
         return difference(self.batch, batch, "batch argument", advice=advice)
 
-    def step(self, kept: bool) -> Callable[..., tuple[State, Metrics]]:
-        """The update as a function of state and batch, ready to be compiled."""
+    def step(self, kept: bool, early: bool = False) -> Callable[..., tuple[State, Metrics]]:
+        """The update as a function of state and batch, ready to be compiled.
+
+        Args:
+            kept: whether to fix what the backward pass keeps.
+            early: whether to write parameters as soon as their gradients exist.
+        """
 
         def update(state: State, *batch: Any) -> tuple[State, Metrics]:
-            mask = self.mask.tree(state.indices)
-            loss, aux, grads = self._differentiated(state, batch, kept)
-            # Parameters are written only after the whole backward pass has read them; without this
-            # order XLA would copy each of them before it is updated in place.
+            schedule = self.schedule(kept, early)
+            [seed] = [jnp.ones((), aval.dtype) for aval in self.primal.out_avals]
             arrays = self.primal.params.arrays_of(state.params)
-            grads, arrays = lax.optimization_barrier((grads, arrays))
-            params = self.primal.params.tree(arrays, like=state.params)
-            updates, opt_state = self._optimized(state, loss, grads, pack(params, mask))
-            params = apply_updates(params, updates, mask)
-            if self.merge_aux is not None:
-                params = self.merge_aux(params, aux)
-                _check_same(state.params, params, "after merge_aux parameter")
+            given = (state.step, state.indices, state.key, batch)
+            (loss, *aux), outs = schedule.run(
+                [*arrays, *jax.tree.leaves(given), seed],
+                jax.tree.leaves((state.opt_state, state.indices)),
+            )
+            params = self.primal.params.tree(outs[: len(arrays)], like=state.params)
+            opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), outs[len(arrays) :])
+            aux = jax.tree.unflatten(self.primal.aux_tree, aux)
             state = State(params, opt_state, state.step + 1, state.indices, state.key)
             return state, Metrics(loss, aux)
 
         return update
 
-    def _optimized(self, state: State, loss: Any, grads: PyTree, packed: PyTree) -> Any:
+    def schedule(self, kept: bool, early: bool) -> Schedule:
+        """Gradient and optimizer's update, taken apart and put in order."""
+        state, batch = self._state_shapes, self.arrays_of(self.batch)
+        primal, packing = self.primal, self.joint.packing
+        packed = jax.tree.structure(packing.tree(range(len(packing.slots))))
+        arrays = primal.params.arrays_of(self.params)
+
+        def gradient(arrays: Any, given: Any, seed: Any) -> Any:
+            step, indices, key, batch = given
+            state_now = State(primal.params.tree(arrays), None, step, indices, key)
+            loss, aux, grads = self._differentiated(state_now, batch, kept, seed)
+            return [loss, *jax.tree.leaves(aux)], jax.tree.leaves(grads)
+
+        def update(arrays: Any, grads: Any, forward: Any, opt_state: Any, indices: Any) -> Any:
+            mask = self.mask.tree(indices)
+            params = before = primal.params.tree(arrays)
+            loss, aux = forward[0], jax.tree.unflatten(primal.aux_tree, forward[1:])
+            updates, opt_state = self._optimized(
+                opt_state, loss, jax.tree.unflatten(packed, grads), pack(params, mask)
+            )
+            params = apply_updates(params, updates, mask)
+            if self.merge_aux is not None:
+                params = self.merge_aux(params, aux)
+                _check_same(before, params, "after merge_aux parameter")
+            return primal.params.arrays_of(params), jax.tree.leaves(opt_state)
+
+        [seed] = [jax.ShapeDtypeStruct((), aval.dtype) for aval in primal.out_avals]
+        given = (state.step, state.indices, state.key, batch)
+        first, outs = jax.make_jaxpr(gradient, return_shape=True)(arrays, given, seed)
+        forward, grads = outs
+        then = jax.make_jaxpr(update)(arrays, grads, forward, state.opt_state, state.indices)
+        early = early and self.accumulate == 1
+        return Schedule(inlined(first), inlined(then), len(arrays), len(grads), early)
+
+    def _optimized(self, before: PyTree, loss: Any, grads: PyTree, packed: PyTree) -> Any:
         """What the optimizer makes of the gradient, and its new state."""
         tx = optax.with_extra_args_support(self.tx)
         extra = {"value": loss, "grad": grads}
         while True:
             try:
-                updates, opt_state = tx.update(grads, state.opt_state, packed, **extra)
+                updates, opt_state = tx.update(grads, before, packed, **extra)
                 break
             except TypeError as error:
                 # Some transformations refuse what they do not ask for, alone or in a chain.
@@ -144,16 +184,16 @@ class Update:
                     "the gradient, its state, the trained parameters, and by name value (the "
                     "loss) and grad (the gradient)"
                 ) from error
-        _check_same(state.opt_state, opt_state, "after the optimizer's update its state")
+        _check_same(before, opt_state, "after the optimizer's update its state")
         return updates, opt_state
 
     def _differentiated(
-        self, state: State, batch: tuple[Any, ...], kept: bool
+        self, state: State, batch: tuple[Any, ...], kept: bool, seed: Any
     ) -> tuple[Any, Any, Any]:
         arrays = jax.tree.leaves(batch)
         key = None if state.key is None else jax.random.fold_in(state.key, state.step)
         if self.accumulate == 1:
-            return self._gradient(state, arrays if key is None else [*arrays, key], kept)
+            return self._gradient(state, arrays if key is None else [*arrays, key], kept, seed)
         n, cut = self.accumulate, [self._is_cut(a) for a in arrays]
         micro = [
             jnp.reshape(a, (n, a.shape[0] // n, *a.shape[1:]))
@@ -166,7 +206,7 @@ class Update:
             pieces, key = iter(xs[0]), xs[1]
             args = [next(pieces) if yes else a for a, yes in zip(arrays, cut, strict=True)]
             args = args if key is None else [*args, key]
-            loss, aux, grads = self._gradient(state, args, kept)
+            loss, aux, grads = self._gradient(state, args, kept, seed)
             return jax.tree.map(jnp.add, total, (loss, grads)), aux
 
         joint = self.joint
@@ -178,17 +218,20 @@ class Update:
         loss, grads = jax.tree.map(lambda a: a / n, total)
         return loss, aux, grads
 
-    def _gradient(self, state: State, args: Sequence[Any], kept: bool) -> tuple[Any, Any, Any]:
+    def _gradient(
+        self, state: State, args: Sequence[Any], kept: bool, seed: Any
+    ) -> tuple[Any, Any, Any]:
         joint = self.joint
         inputs = [*joint.primal.params.arrays_of(state.params), *args, *state.indices]
         if not kept:
-            return joint.run(inputs)
+            outs = eval_jaxpr(joint.jaxpr, joint.jaxpr.consts, *inputs, seed)
+            n = joint.n_forward_out
+            return (*joint.primal.outputs(outs[:n]), joint.packing.tree(outs[n:]))
         passes = joint.passes
         outs = eval_jaxpr(passes.forward, passes.forward.consts, *inputs)
         held = [*(inputs[i] for i in passes.kept_inputs), *outs[joint.n_forward_out :]]
         # What is kept is fixed here: XLA may neither keep more nor compute it again from earlier.
         held = lax.optimization_barrier(held)
-        [seed] = [jnp.ones((), aval.dtype) for aval in joint.primal.out_avals]
         grads = eval_jaxpr(passes.backward, passes.backward.consts, *held, seed)
         return (*joint.primal.outputs(outs[: joint.n_forward_out]), joint.packing.tree(grads))
 
