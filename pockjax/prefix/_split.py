@@ -92,10 +92,12 @@ def split(
         such that ``suffix(params, prefix(params, *args))`` equals ``fun(params, *args)``. The
         suffix is a function to be differentiated or compiled like ``fun``. Arguments that it reads
         itself, such as labels, are in the features, unless they are given again: a random key that
-        has to change must be; ``None`` stands for an argument that is not given.
+        has to change must be; ``None`` stands for an argument that is not given. What the front
+        reads cannot be given again: the features are made of it.
 
     Raises:
         MaskError: if the mask does not fit the params.
+        ValueError: (from ``suffix``) if an argument is given again that the front reads.
 
     >>> import jax.numpy as jnp
     >>> import pockjax as pj
@@ -163,6 +165,12 @@ def _given(plan: Plan, passed: Sequence[Any], args: tuple[Any, ...]) -> list[Any
             if treedef != child:
                 raise TypeError(f"argument {k} was {child}, and is given again as {treedef}")
             arrays = [x for x, yes in zip(leaves, is_array, strict=True) if yes]
+            if not set(plan.consumed).isdisjoint(range(position, position + len(arrays))):
+                raise ValueError(
+                    f"argument {k} is read by the frozen front, whose output is in the features: "
+                    "given again, it would change nothing, or only half of what it should; give "
+                    "None in its place, and other features for other examples"
+                )
             instead.update(enumerate(arrays, position))
         position += sum(is_array)
     return [instead.get(i, x) for i, x in zip(plan.passed, passed, strict=True)]

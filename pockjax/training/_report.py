@@ -229,10 +229,11 @@ def make_report(
     costs: dict[str, CompiledCost],
     chosen: str,
     rewrites: tuple[Choice, ...] = (),
+    early: bool = True,
 ) -> Report:
     """Counts, predicts and compares; traces nothing of the user's function again."""
     mask = update.mask.tree(update.mask.indices)
-    traced = jax.make_jaxpr(update.step(chosen == "kept"))(
+    traced = jax.make_jaxpr(update.step(chosen == "kept", early))(
         update.example_state, *update.arrays_of(update.batch)
     )
     return Report(

@@ -20,7 +20,7 @@ from jax import lax
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dtype_of, eval_jaxpr
 from pockjax.autodiff import size_in_bytes
 
-_SMALL = 2**16  # bytes: parameters below are written with the next larger ones
+_SMALL = 0.01  # of all trained parameters' bytes: what is less is written with what comes next
 
 _VIEWS = frozenset(
     """
@@ -108,12 +108,12 @@ class Schedule:
             (self._ready(group) if early else end, group)
             for group in groups_of(update, n_params, n_grads)
         ]
+        whole = sum(map(self._size, (group for _, group in ready)))
         self._flushes: dict[int, list[Group]] = {}
         waiting: list[Group] = []
         for position, group in sorted(ready, key=lambda pair: pair[0]):
             waiting.append(group)
-            written = (size_in_bytes(gradient.invars[i].aval) for g in waiting for i in g.params)
-            if position < end and sum(written) >= _SMALL:
+            if position < end and sum(map(self._size, waiting)) >= _SMALL * whole:
                 self._flushes.setdefault(position, []).extend(waiting)
                 waiting = []
         if waiting or not self._flushes:
@@ -123,6 +123,10 @@ class Schedule:
     def is_early(self) -> bool:
         """Whether any parameter is written before the backward pass has ended."""
         return min(self._flushes) < len(self._gradient.eqns)
+
+    def _size(self, group: Group) -> int:
+        """Bytes of what a group writes."""
+        return sum(size_in_bytes(self._gradient.invars[i].aval) for i in group.params)
 
     def _ready(self, group: Group) -> int:
         """How many equations of the gradient have to be done before a group can be updated."""
@@ -135,6 +139,9 @@ class Schedule:
                 last = position
                 if eqn.primitive.name in _VIEWS:
                     read.update(eqn.outvars)
+                elif eqn.primitive.name == "optimization_barrier":
+                    pairs = zip(eqn.invars, eqn.outvars, strict=True)
+                    read.update(v for a, v in pairs if isinstance(a, Var) and a in read)
             if not made.isdisjoint(eqn.outvars):
                 last = position
         return last

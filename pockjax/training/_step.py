@@ -23,6 +23,7 @@ from pockjax.training._update import Update
 PyTree = Any
 Residuals = Literal["auto", "kept", "xla"]
 Rewrites = Literal["measured", "guessed", "none"]
+Updates = Literal["early", "late"]
 
 
 def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
@@ -37,6 +38,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     merge_aux: Callable[[PyTree, PyTree], PyTree] | None = None,
     residuals: Residuals = "kept",
     rewrites: Rewrites = "measured",
+    updates: Updates = "early",
 ) -> "Step":
     """Compiles a training step that computes, stores and updates only what a mask names.
 
@@ -69,6 +71,10 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         rewrites: how to find faster forms of convolutions, on a CPU (see `pockjax.rewrite`):
             ``"measured"`` times them once on each machine, about a second for each new kind of
             convolution; ``"guessed"`` takes the likeliest; ``"none"`` leaves all as it is.
+        updates: ``"early"`` writes a parameter as soon as its gradient is there and nothing reads
+            it any more, so that gradients are not held until the end; what an optimizer computes
+            from all gradients, such as a global norm, is waited for. ``"late"`` writes all of them
+            after the backward pass. With ``accumulate`` it is always late.
 
     Returns:
         The step. ``fun`` was traced once, and is never called again.
@@ -93,6 +99,8 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         raise ValueError(f"residuals must be 'auto', 'kept' or 'xla', got {residuals!r}")
     if rewrites not in ("measured", "guessed", "none"):
         raise ValueError(f"rewrites must be 'measured', 'guessed' or 'none', got {rewrites!r}")
+    if updates not in ("early", "late"):
+        raise ValueError(f"updates must be 'early' or 'late', got {updates!r}")
     if merge_aux is not None and not has_aux:
         raise ValueError("merge_aux needs auxiliary outputs: a function with has_aux=True")
     resolve(params, mask)
@@ -105,7 +113,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     rewriter = Rewriter(measure=rewrites == "measured")
     if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
         rewriter = None
-    programs = {name: Program(name == "kept", rewriter) for name in variants}
+    programs = {name: Program(name == "kept", updates == "early", rewriter) for name in variants}
     compiled = {name: program.compiled(update) for name, program in programs.items()}
     costs = {name: CompiledCost.of(executable) for name, executable in compiled.items()}
     best = min(costs, key=lambda name: costs[name].total_bytes)
@@ -122,15 +130,17 @@ class Program:
 
     Attributes:
         kept: whether what the backward pass keeps is fixed.
+        early: whether parameters are written within the backward pass.
         rewriter: finds faster forms; None to leave all as it is.
     """
 
     kept: bool
+    early: bool
     rewriter: Rewriter | None
 
     def function(self, update: Update) -> Callable[..., tuple[State, Metrics]]:
         """One step."""
-        return update.step(self.kept)
+        return update.step(self.kept, self.early)
 
     def compiled(
         self, update: Update, fun: Callable[..., Any] | None = None, batch: Any = None
@@ -332,7 +342,9 @@ class Step:
 
     @cached_property
     def _report(self) -> Report:
-        return make_report(self._update, self._costs, self._chosen, self._rewrites)
+        return make_report(
+            self._update, self._costs, self._chosen, self._rewrites, self._program.early
+        )
 
     @property
     def compiled(self) -> Any:

@@ -103,7 +103,7 @@ class Update:
         advice = "; compile another step for it, or pad the batch"
         return difference(self.batch, batch, "batch argument", advice=advice)
 
-    def step(self, kept: bool, early: bool = False) -> Callable[..., tuple[State, Metrics]]:
+    def step(self, kept: bool, early: bool) -> Callable[..., tuple[State, Metrics]]:
         """The update as a function of state and batch, ready to be compiled.
 
         Args:

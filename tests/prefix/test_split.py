@@ -191,3 +191,19 @@ def test_encoder():
         pj.value_and_grad(suffix, mask)(params, features),
         pj.value_and_grad(loss, mask)(params, tokens, valid, labels),
     )
+
+
+def test_what_the_front_read_cannot_be_given_again():
+    params = {"front": jnp.ones((3, 2)), "head": jnp.ones((2, 1))}
+
+    def loss(params, x, scale, y):
+        return jnp.sum((jnp.tanh(x @ params["front"]) * scale @ params["head"] - y) ** 2)
+
+    mask = {"front": False, "head": True}
+    prefix, suffix = pj.split(loss, mask)
+    x, y = jnp.ones((4, 3)), jnp.ones((4, 1))
+    features = prefix(params, x, jnp.ones(()), y)
+    with pytest.raises(ValueError, match="argument 0 is read by the frozen front"):
+        suffix(params, features, 2 * x)
+    other = suffix(params, features, None, None, 2 * y)
+    np.testing.assert_allclose(other, loss(params, x, 1.0, 2 * y), rtol=1e-6)
