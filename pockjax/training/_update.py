@@ -1,7 +1,7 @@
 """The update as one traced function; two variants differ in what the backward pass keeps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,8 +21,9 @@ from pockjax.autodiff import (
     is_array,
     trace,
 )
-from pockjax.masks import apply_updates, pack
+from pockjax.masks import apply_updates, pack, resolve
 from pockjax.training._placement import home_of, shardings_of
+from pockjax.training._precision import lowered
 from pockjax.training._schedule import Schedule
 from pockjax.training._state import Metrics, State
 from pockjax.training._trees import difference, same, shapes_of, unaliased
@@ -44,6 +45,7 @@ class Update:
         accumulate: number of microbatches.
         key: random key to begin with, or None.
         merge_aux: writes auxiliary outputs into frozen parameters.
+        frozen_dtype: what operands of frozen products are rounded to, or None.
     """
 
     fun: Callable[..., Any]
@@ -55,6 +57,7 @@ class Update:
     accumulate: int
     key: jax.Array | None
     merge_aux: Callable[[PyTree, PyTree], PyTree] | None
+    frozen_dtype: Any = None
 
     @cached_property
     def primal(self) -> Primal:
@@ -62,7 +65,14 @@ class Update:
         args = list(jax.tree.map(self._micro_shape, self.batch))
         if self.key is not None:
             args.append(shapes_of(self.key))
-        return trace(self.fun, self.params, args, has_aux=self.has_aux, scalar=True)
+        primal = trace(self.fun, self.params, args, has_aux=self.has_aux, scalar=True)
+        if self.frozen_dtype is None:
+            return primal
+        entries, _, _ = resolve(self.params, self.mask.tree(self.mask.indices))
+        pairs = zip(entries, primal.params.is_array, strict=True)
+        trained = [entry is not False for entry, is_array in pairs if is_array]
+        others = [False] * (len(primal.jaxpr.invars) - len(trained))
+        return replace(primal, jaxpr=lowered(primal.jaxpr, [*trained, *others], self.frozen_dtype))
 
     @cached_property
     def joint(self) -> Joint:
