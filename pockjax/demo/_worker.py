@@ -131,25 +131,30 @@ def _train(job: Job, send: Callable[[Event], None]) -> TrainingResult:
     jax.block_until_ready(step(step.init(params), *arguments)[1].loss)
 
     send(Stage("training"))
-    losses: list[float] = []
     seconds: list[float] = []
     with PeakMemory() as memory:
         # The only parameters from here on, as in any training.
         state = step.init(params, donate=True)
         del task, params
-        for _ in range(config.steps):
-            arguments = _arguments(next(batches))
-            started = time.perf_counter()
-            state, metrics = step(state, *arguments)
-            losses.append(float(metrics.loss))
-            seconds.append(time.perf_counter() - started)
-            send(Progressed(len(losses), losses[-1]))
+        last = time.perf_counter()
+
+        def progressed(done: int, metrics: pj.Metrics) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            seconds.append(now - last)
+            send(Progressed(done, float(metrics.loss)))
+            last = now
+
+        state, losses = pj.fit(
+            step, state, batches, steps=config.steps, arguments=_arguments,
+            on_step=progressed, progress=False,
+        )  # fmt: skip
 
     send(Stage("evaluating"))
     report = step.report
     return TrainingResult(
         accuracy=_accuracy(predict, state.params, test, config.batch),
-        first_loss=losses[0],
+        first_loss=float(losses[0]),
         last_loss=float(np.mean(losses[-_AVERAGED_STEPS:])),
         step_seconds=float(np.median(seconds)),
         compile_seconds=compile_seconds,
