@@ -41,7 +41,7 @@ def save(file: Path, state: State, position: Mapping[str, Any], losses: np.ndarr
         json.dumps({"types": types, "position": dict(position)}).encode(), np.uint8
     )
     with replacing(file) as temporary, temporary.open("wb") as out:
-        np.savez(out, **arrays)
+        np.savez(out, allow_pickle=False, **arrays)
 
 
 def load(file: Path, like: State) -> tuple[State, dict[str, Any], np.ndarray]:
