@@ -72,7 +72,8 @@ def read_config(name: str) -> tuple[Problem, dict[str, float]]:
 
 def stamp(config: Config, name: str, threads: int) -> dict[str, Any]:
     """What a result depends on: it is measured again if any of this changes."""
-    sources = [*sorted(Path("pockjax").rglob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
+    own = [p for p in Path(__file__).parent.glob("*.py") if p.stem not in ("page", "ratios")]
+    sources = [*sorted(Path("pockjax").rglob("*.py")), *sorted(own)]
     environments = sorted({peer.environment for peer in PEERS.values()} - {""})
     there = [n for n in environments if Path(f".venv-{n}/bin/python").exists()]
     return {
@@ -95,7 +96,7 @@ def _digest(files: Sequence[Path]) -> str:
 
 def run(name: str, threads: int, config: Config) -> dict[str, Any]:
     """Check and time all peers on one problem."""
-    problem, targets = read_config(name)
+    problem, _ = read_config(name)
     kind = network(problem.model)["kind"]
     environment = surroundings(threads, config.huge_pages)
     wanted = [n for n in PEERS if n in (OURS, REFERENCE, *config.peers)]
@@ -139,7 +140,6 @@ def run(name: str, threads: int, config: Config) -> dict[str, Any]:
     return {
         "problem": asdict(problem),
         "stamp": stamp(config, name, threads),
-        "targets": targets,
         "threads": threads,
         "huge_pages": config.huge_pages,
         "absent": absent,
@@ -253,8 +253,9 @@ def main(config: Config) -> None:
         return
     results: dict[str, dict[int, Any]] = {}
     for file in sorted(config.out.glob("*-*t.json")):
-        result = json.loads(file.read_text())
-        results.setdefault(file.stem.rpartition("-")[0], {})[result["threads"]] = result
+        name = file.stem.rpartition("-")[0]
+        result = json.loads(file.read_text()) | {"targets": read_config(name)[1]}
+        results.setdefault(name, {})[result["threads"]] = result
     with replacing(config.out / "speed.md") as path:
         path.write_text(page(results))
     with replacing(config.out / "speed.svg") as path:

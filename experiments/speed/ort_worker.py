@@ -64,7 +64,7 @@ def _export(model: Any, inputs: Any, trained: list[str], scratch: Path) -> None:
         input_names=["inputs"],
         output_names=["logits"],
         export_params=True,
-        training=torch.onnx.TrainingMode.TRAINING,
+        training=torch.onnx.TrainingMode.PRESERVE,  # that of the model: no dropout
         do_constant_folding=False,
         opset_version=15,
     )
