@@ -10,6 +10,8 @@ reason. What was measured with the same versions and settings is not measured ag
 
 import hashlib
 import json
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -230,6 +232,8 @@ def main(config: Config) -> None:
     """Time, print and write."""
     if unknown := [n for n in config.peers if n not in PEERS]:
         raise SystemExit(f"no peers are named {unknown}; there are {', '.join(PEERS)}")
+    # Ended from outside, it ends the peers too, which would hold their memory otherwise.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     config.out.mkdir(parents=True, exist_ok=True)
     names = config.only or tuple(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
     tables = [(name, threads) for name in names for threads in config.threads]
