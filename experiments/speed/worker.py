@@ -76,7 +76,7 @@ def work(make: Callable[[str, Path, float], Callable[[], Made]]) -> None:
     loss = float(made.step())
     about = {"loss": loss, **made.about}
     if asked == "check":
-        np.savez(folder / f"{name}.npz", allow_pickle=False, **made.weights())
+        np.savez(folder / f"{name}.npz", **dict[str, Any](made.weights()))
         print(json.dumps(about), flush=True)
         return
     peak = resident("VmHWM")  # of building and of the first step
