@@ -3,6 +3,8 @@
 
 BIN := .venv/bin
 ARGS :=
+# Environments of what pockjax is timed beside.
+PEERS := torch keras ort executorch
 export PYTHON
 
 .PHONY: help demo test test-slow test-oldest bench speed lint format lock clean
@@ -13,7 +15,7 @@ help:
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make test-oldest  the tests, with the oldest JAX that is supported"
 	@echo "make bench        the figures of the core, into experiments/results"
-	@echo "make speed        training steps beside PyTorch's, into experiments/results/speed"
+	@echo "make speed        training steps beside other frameworks', into experiments/results/speed"
 	@echo "make lint         ruff and pyright"
 	@echo "make format       let ruff repair what it can"
 	@echo "make lock         pin requirements/*.txt anew (needs uv)"
@@ -34,7 +36,9 @@ test-oldest: .venv-oldest/.oldest
 bench: .venv/.dev
 	@$(BIN)/python -m experiments.core $(ARGS)
 
-speed: .venv/.dev .venv-torch/.torch
+# A peer whose environment cannot be made is reported in the table, so that is no reason to stop.
+speed: .venv/.dev
+	@for peer in $(PEERS); do $(MAKE) --no-print-directory .venv-$$peer/.$$peer || true; done
 	@$(BIN)/python -m experiments.speed $(ARGS)
 
 lint: .venv/.dev
@@ -49,8 +53,11 @@ format: .venv/.dev
 .venv/.%: requirements/%.txt pyproject.toml tools/venv.sh
 	@tools/venv.sh .venv $*
 
-.venv-torch/.%: requirements/%.txt pyproject.toml tools/venv.sh
-	@tools/venv.sh .venv-torch $*
+define PEER
+.venv-$(1)/.$(1): requirements/$(1).txt tools/venv.sh
+	@tools/venv.sh .venv-$(1) $(1)
+endef
+$(foreach peer,$(PEERS),$(eval $(call PEER,$(peer))))
 
 .venv-oldest/.%: requirements/%.txt pyproject.toml tools/venv.sh
 	@tools/venv.sh .venv-oldest $*
@@ -63,7 +70,8 @@ lock:
 	$(PIN) --extra cli --extra text -c requirements/dev.txt requirements/build.in \
 	  -o requirements/demo.txt
 	$(PIN) --extra dev requirements/oldest.in -o requirements/oldest.txt
-	$(subst pyproject.toml,,$(PIN)) requirements/torch.in -o requirements/torch.txt
+	for peer in $(PEERS); do \
+	  $(subst pyproject.toml,,$(PIN)) requirements/$$peer.in -o requirements/$$peer.txt; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-torch build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest $(PEERS:%=.venv-%) build dist .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,46 +1,37 @@
 """Time training steps of pockjax and its peers in turn, and write tables of the ratios.
 
-``python -m experiments.speed`` takes every file of ``configs/speed``; ``--only mobilenet_v2`` one.
-Each peer is a process with the same weights, batch, threads and allocator setting; after the losses
-of the first step and the gradients have been compared, the peers take a few steps each in turn.
-PyTorch runs in an environment of its own: ``make speed`` sets it up. A peer that is not there is
-reported as such.
+``python -m experiments.speed`` takes every file of ``configs/speed``, with one thread and with two;
+``--only mobilenet_v2 --threads 2`` one of them. Each peer is a process with the same weights,
+batch, threads and allocator setting. First each takes one step, whose loss and gradients are
+compared with plain JAX's; then the peers take a few steps each in turn. They run in environments of
+their own: ``make speed`` sets them up. A peer that is not there, or fails, is reported with the
+reason. What was measured with the same versions and settings is not measured again.
 """
 
+import hashlib
 import json
-import os
-import platform
-import subprocess
+import signal
 import sys
-import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 import yaml
 
-from experiments.speed.problem import Problem, write
+from experiments.speed.page import page, plot
+from experiments.speed.parity import compare
+from experiments.speed.peers import OURS, PEERS, REFERENCE, PeerError, Process, surroundings
+from experiments.speed.problem import Problem, network, write
 from pockjax._files import replacing
 
-JAX = (
-    "jax-full", "jax-leaves", "pockjax-full", "pockjax-unrewritten", "pockjax", "pockjax-cached",
-    "pockjax-forward",
-)  # fmt: skip
-TORCH = ("torch-full", "torch-leaves", "torch-forward")
-RATIOS = {
-    "plain JAX full": ("jax-full", "pockjax"),
-    "plain JAX same leaves": ("jax-leaves", "pockjax"),
-    "PyTorch full": ("torch-full", "pockjax"),
-    "PyTorch same leaves": ("torch-leaves", "pockjax"),
-    "PyTorch forward over our forward": ("torch-forward", "pockjax-forward"),
-    "PyTorch full over our full": ("torch-full", "pockjax-full"),
-    "compiler gain, full": ("jax-full", "pockjax-full"),
-    "compiler gain, scheme": ("pockjax-unrewritten", "pockjax"),
-    "sparsity gain": ("pockjax-full", "pockjax"),
-    "prefix gain": ("pockjax", "pockjax-cached"),
-}
+CONFIGS = Path("configs/speed")
 
 
 @dataclass(frozen=True)
@@ -49,209 +40,231 @@ class Config:
 
     Attributes:
         only: names of files in ``configs/speed``; all of them unless given.
-        peers: which peers; all of them unless given.
+        peers: which peers; all of them unless given. pockjax and plain JAX are always among them.
+        threads: processors that each peer may use; one table for each number.
         rounds: how often each peer has its turn.
-        steps: steps in a turn.
-        threads: processors that each peer may use.
+        steps: steps in a turn; fewer if they take more than half a minute.
+        together: peers that take turns with each other and are in memory at a time. pockjax is
+            among them each time, so that ratios are of steps taken in turn.
         huge_pages: let glibc ask for huge pages, for every peer: it halves the time of steps whose
             temporary arrays are large.
-        torch: the Python of the environment with PyTorch.
+        again: measure what has been measured too.
+        compare_only: stop when losses and gradients have been compared; nothing is written.
         out: folder for the results.
     """
 
     only: tuple[str, ...] = ()
-    peers: tuple[str, ...] = JAX + TORCH
+    peers: tuple[str, ...] = tuple(PEERS)
+    threads: tuple[int, ...] = (1, 2)
     rounds: int = 8
     steps: int = 5
-    threads: int = 2
+    together: int = 8
     huge_pages: bool = True
-    torch: Path = Path(".venv-torch/bin/python")
+    again: bool = False
+    compare_only: bool = False
     out: Path = Path("experiments/results/speed")
 
 
-class Peer:
-    """A worker process."""
-
-    def __init__(self, name: str, command: list[str], environment: dict[str, str], threads: int):
-        """Start it."""
-        self.name = name
-        self.seconds: list[float] = []
-        self.last: dict[str, Any] = {}
-        processors = sorted(os.sched_getaffinity(0))[:threads]
-        self._process = subprocess.Popen(
-            command,
-            env=os.environ | environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, processors),
-        )
-        self.about = self._answer()
-
-    def turn(self, steps: int) -> None:
-        """Have it take steps."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
-        self.last = self._answer()
-        self.seconds += self.last["seconds"]
-
-    def stop(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None and self._process.stderr is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(self._process.stderr.read()[-2000:])
+def read_config(name: str) -> tuple[Problem, dict[str, float]]:
+    """The problem of that name, and the ratios to be reached in it."""
+    given = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    targets = given.pop("targets", {})
+    return Problem(**given), targets
 
 
-def run(name: str, config: Config) -> dict[str, Any]:
-    """Time all peers on one problem."""
-    problem = Problem(**yaml.safe_load(Path(f"configs/speed/{name}.yaml").read_text()))
-    peers: list[Peer] = []
-    absent: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="pockjax-speed-") as scratch:
+def stamp(config: Config, name: str, threads: int) -> dict[str, Any]:
+    """What a result depends on: it is measured again if any of this changes."""
+    own = [p for p in Path(__file__).parent.glob("*.py") if p.stem not in ("page", "ratios")]
+    sources = [*sorted(Path("pockjax").rglob("*.py")), *sorted(own)]
+    environments = sorted({peer.environment for peer in PEERS.values()} - {""})
+    there = [n for n in environments if Path(f".venv-{n}/bin/python").exists()]
+    return {
+        "jax": jax.__version__,
+        "code": _digest(sources),
+        "environments": {n: _digest([Path(f"requirements/{n}.txt")]) for n in there},
+        "problem": asdict(read_config(name)[0]),
+        "peers": [*config.peers],
+        "threads": threads,
+        "settings": [config.rounds, config.steps, config.together, config.huge_pages],
+    }
+
+
+def _digest(files: Sequence[Path]) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def run(name: str, threads: int, config: Config) -> dict[str, Any]:
+    """Check and time all peers on one problem."""
+    problem, _ = read_config(name)
+    kind = network(problem.model)["kind"]
+    environment = surroundings(threads, config.huge_pages)
+    wanted = [n for n in PEERS if n in (OURS, REFERENCE, *config.peers)]
+    absent = {n: why for n in wanted if (why := PEERS[n].missing(kind)) is not None}
+    say = _Narrator(f"{name}, {threads} threads")
+    with TemporaryDirectory(prefix="pockjax-speed-") as scratch:
         folder = Path(scratch)
         write(problem, folder)
-        has_torch = json.loads((folder / "problem.json").read_text())["torch"]
-        try:
-            for peer in config.peers:
-                if peer.startswith("torch") and not (has_torch and config.torch.exists()):
-                    why = "no such network there" if not has_torch else f"no {config.torch}"
-                    absent[peer] = why
-                    continue
+
+        def start(peer: str, asked: str) -> Process:
+            return Process(PEERS[peer].command(peer, folder, asked), environment, threads)
+
+        limits = _limits(folder, environment, threads)
+        say("the machine's limits are known")
+        losses = {}
+        for peer in wanted:
+            if peer not in absent:
                 try:
-                    peers.append(_start(peer, problem, folder, config))
-                except RuntimeError as error:
-                    absent[peer] = str(error).strip().splitlines()[-1]
-                print(f"{name}: {peer} {'is ready' if peer not in absent else absent[peer]}")
-            differences = _compare(peers, folder)
-            for _ in range(config.rounds):
-                for peer in peers:
-                    peer.turn(config.steps)
-        finally:
-            for peer in peers:
-                peer.stop()
+                    with start(peer, "check") as process:
+                        losses[peer] = process.answer()["loss"]
+                except PeerError as error:
+                    absent[peer] = str(error)
+                say(f"{peer}: {absent.get(peer, 'took a step')}")
+        for needed in (REFERENCE, OURS):
+            if needed in absent:
+                raise RuntimeError(f"{name}: {needed} failed: {absent[needed]}")
+        differences = compare(losses, folder)
+        say(f"all agree: {max(differences.values()):.1e} is the largest relative difference")
+        if config.compare_only:
+            print(json.dumps({"differences": differences, "absent": absent}, indent=1))
+            return {}
+        figures: dict[str, Any] = {}
+        others = [peer for peer in losses if peer != OURS]
+        size = max(1, config.together - 1)
+        for k in range(0, len(others), size):
+            seated = [OURS, *others[k : k + size]]
+            found, failed = _sitting(seated, start, config, say)
+            absent |= failed
+            for peer, figure in found.items():
+                figures.setdefault(peer, figure)
     return {
         "problem": asdict(problem),
+        "stamp": stamp(config, name, threads),
+        "threads": threads,
+        "huge_pages": config.huge_pages,
         "absent": absent,
         "differences": differences,
-        "peers": {peer.name: _figures(peer) for peer in peers},
+        "limits": limits,
+        "peers": {n: figures[n] for n in wanted if n in figures},
     }
 
 
-def _start(name: str, problem: Problem, folder: Path, config: Config) -> Peer:
-    given = [name, json.dumps(asdict(problem)), str(folder)]
-    environment = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(config.threads)}
-    if config.huge_pages:
-        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    if name.startswith("torch"):
-        command = [str(config.torch), "experiments/speed/torch_worker.py", *given]
-    else:
-        command = [sys.executable, "-m", "experiments.speed.jax_worker", *given]
-    return Peer(name, command, environment, config.threads)
+class _Narrator:
+    """Says what has been done, and how long it has been."""
+
+    def __init__(self, what: str):
+        self._what, self._begun = what, time.monotonic()
+
+    def __call__(self, done: str) -> None:
+        minutes, seconds = divmod(round(time.monotonic() - self._begun), 60)
+        print(f"[{minutes:3d}:{seconds:02d}] {self._what}: {done}", flush=True)
 
 
-def _compare(peers: list[Peer], folder: Path) -> dict[str, float]:
-    """How far the first losses, and the gradients of two implementations, are from each other.
-
-    Raises:
-        AssertionError: they are no gradients of the same loss.
-    """
-    losses = {peer.name: peer.about["loss"] for peer in peers}
-    spread = (max(losses.values()) - min(losses.values())) / abs(min(losses.values()))
-    assert spread < 1e-3, f"the peers compute different losses: {losses}"
-    found = {"loss": spread}
-    files = [folder / f"{name}.npz" for name in ("pockjax", "torch-leaves")]
-    if all(file.exists() for file in files):
-        ours, theirs = (dict(np.load(file)) for file in files)
-        assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
-        errors = {
-            n: np.linalg.norm(ours[n] - theirs[n]) / max(np.linalg.norm(theirs[n]), 1e-12)
-            for n in ours
-            if np.linalg.norm(theirs[n]) > 1e-7  # a key's bias has no gradient but rounding
-        }
-        found["gradient"] = float(max(errors.values()))
-        assert found["gradient"] < 2e-2, f"gradients differ: {errors}"
-    return found
+def _limits(folder: Path, environment: dict[str, str], threads: int) -> dict[str, Any]:
+    command = [str(PEERS[OURS].python), "-m", "experiments.speed.limits", str(folder)]
+    with Process(command, environment, threads) as process:
+        return process.answer()
 
 
-def _figures(peer: Peer) -> dict[str, Any]:
-    milliseconds = 1000 * np.array(peer.seconds)
-    low, median, high = np.percentile(milliseconds, [10, 50, 90])
-    best = {"p10": low, "median": median, "p90": high, "p25": np.percentile(milliseconds, 25)}
-    extra = peer.last["memory"] - peer.about["loaded"]
+def _sitting(
+    seated: Sequence[str], start: Any, config: Config, say: _Narrator
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Time peers in turn: their figures, and why some have none."""
+    failed: dict[str, str] = {}
+    with ExitStack() as stack:
+        processes: dict[str, Process] = {}
+        about: dict[str, dict[str, Any]] = {}
+        for peer in seated:
+            process = stack.enter_context(start(peer, "time"))
+            try:
+                about[peer] = process.answer()
+                processes[peer] = process
+            except PeerError as error:
+                failed[peer] = str(error)
+            say(f"{peer}: {failed.get(peer, 'is ready')}")
+        seconds: dict[str, list[float]] = {peer: [] for peer in processes}
+        last: dict[str, dict[str, Any]] = {}
+        for k in range(config.rounds):
+            for peer, process in processes.items():
+                if peer in failed:
+                    continue
+                try:
+                    last[peer] = process.ask(str(config.steps))
+                    seconds[peer] += last[peer]["seconds"]
+                except PeerError as error:
+                    failed[peer] = str(error)
+            say(f"round {k + 1} of {config.rounds}")
+    if OURS in failed:
+        raise RuntimeError(f"{OURS} failed: {failed[OURS]}")
+    ours = float(np.median(seconds[OURS]))
     return {
-        "milliseconds": {name: round(float(value), 3) for name, value in best.items()},
-        "faults_per_step": peer.last["faults"],
-        "peak_above_loaded": extra,
-        **peer.about,
+        peer: figure(seconds[peer], ours, last[peer], about[peer])
+        for peer in processes
+        if peer not in failed
+    }, failed
+
+
+def figure(
+    seconds: Sequence[float], ours: float, last: dict[str, Any], about: dict[str, Any]
+) -> dict[str, Any]:
+    """What is kept of a peer's turns.
+
+    Args:
+        seconds: of each step.
+        ours: the median of pockjax's steps in the same sitting.
+        last: the answer to the last turn.
+        about: what the peer said of itself.
+    """
+    low, median, high = np.percentile(seconds, [10, 50, 90])
+    return {
+        "milliseconds": {"p10": 1e3 * low, "median": 1e3 * median, "p90": 1e3 * high},
+        "count": len(seconds),
+        "over_ours": float(median) / ours,
+        "faults_per_step": last["faults"],
+        "peak_above_ready": last["peak_above_ready"],
+        **about,
     }
-
-
-def ratios(result: dict[str, Any]) -> dict[str, float]:
-    """Times of one peer over those of another, medians of steps taken in turn."""
-    peers = result["peers"]
-    found = {
-        name: peers[a]["milliseconds"]["median"] / peers[b]["milliseconds"]["median"]
-        for name, (a, b) in RATIOS.items()
-        if a in peers and b in peers
-    }
-    if "pockjax" in peers and "pockjax-forward" in peers and "pockjax-full" in peers:
-        about = peers["pockjax"]
-        # A backward pass of everything is twice a forward pass, so a third of full is the forward.
-        forward = about["full_flops"] / 3
-        found["ours over our forward at equal FLOP/s"] = (
-            about["milliseconds"]["median"]
-            / peers["pockjax-forward"]["milliseconds"]["median"]
-            / (about["flops"] / forward)
-        )
-    return found
-
-
-def page(results: dict[str, Any], config: Config) -> str:
-    """All results as Markdown."""
-    machine = f"{platform.machine()}, {config.threads} threads, huge pages: {config.huge_pages}"
-    lines = [f"Measured on {machine}. Milliseconds are medians, with the 10th and 90th percentile."]
-    for name, result in results.items():
-        lines += ["", f"## {name}", ""]
-        lines += [
-            "| peer | ms | p10–p90 | faults a step | peak above loaded, MB | XLA temp, MB |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        for peer, f in result["peers"].items():
-            ms, temp = f["milliseconds"], f.get("temp_bytes")
-            lines.append(
-                f"| {peer} | {ms['median']:.1f} | {ms['p10']:.1f}–{ms['p90']:.1f} "
-                f"| {f['faults_per_step']:.0f} | {f['peak_above_loaded'] / 1e6:.0f} "
-                f"| {'' if temp is None else f'{temp / 1e6:.1f}'} |"
-            )
-        lines += [f"| {peer} | {why} | | | | |" for peer, why in result["absent"].items()]
-        lines += ["", "| ratio | |", "|---|---:|"]
-        lines += [f"| {what} | {value:.2f} |" for what, value in ratios(result).items()]
-        far = ", ".join(f"{what} {value:.1e}" for what, value in result["differences"].items())
-        lines += ["", f"Largest relative difference between the peers: {far}."]
-    return "\n".join(lines) + "\n"
 
 
 def main(config: Config) -> None:
     """Time, print and write."""
+    if unknown := [n for n in config.peers if n not in PEERS]:
+        raise SystemExit(f"no peers are named {unknown}; there are {', '.join(PEERS)}")
+    # Ended from outside, it ends the peers too, which would hold their memory otherwise.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     config.out.mkdir(parents=True, exist_ok=True)
-    names = config.only or tuple(sorted(p.stem for p in Path("configs/speed").glob("*.yaml")))
-    results = {}
-    for name in names:
-        results[name] = run(name, config)
-        with replacing(config.out / f"{name}.json") as path:
-            path.write_text(json.dumps(results[name] | {"ratios": ratios(results[name])}, indent=2))
-        print(page({name: results[name]}, config), flush=True)
-    known = {p.stem: json.loads(p.read_text()) for p in sorted(config.out.glob("*.json"))}
+    names = config.only or tuple(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    tables = [(name, threads) for name in names for threads in config.threads]
+    begun, measured = time.monotonic(), 0
+    for k, (name, threads) in enumerate(tables):
+        file = config.out / f"{name}-{threads}t.json"
+        if not config.again and file.exists():
+            known = json.loads(file.read_text())
+            if known["stamp"] == stamp(config, name, threads):
+                print(f"{file} is up to date")
+                continue
+        result = run(name, threads, config)
+        if config.compare_only:
+            continue
+        with replacing(file) as path:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+        measured += 1
+        left = (time.monotonic() - begun) / measured * (len(tables) - k - 1) / 60
+        print(f"{file} is written; about {left:.0f} minutes left", flush=True)
+    if config.compare_only:
+        return
+    results: dict[str, dict[int, Any]] = {}
+    for file in sorted(config.out.glob("*-*t.json")):
+        name = file.stem.rpartition("-")[0]
+        result = json.loads(file.read_text()) | {"targets": read_config(name)[1]}
+        results.setdefault(name, {})[result["threads"]] = result
     with replacing(config.out / "speed.md") as path:
-        path.write_text(page(known, config))
+        path.write_text(page(results))
+    with replacing(config.out / "speed.svg") as path:
+        plot(results, path)
+    print((config.out / "speed.md").read_text())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One training problem as files that every peer can read: weights, a batch, what is trained."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import pockjax as pj
 from pockjax import models
-from pockjax.models import bert, efficientnet_lite, llama, mobilenet_v2, resnet
+from pockjax.models import bert, efficientnet_lite, llama, mcunet, mobilenet_v2, resnet
 
 SCHEMES = Path("configs/schemes")
 IMAGE_CLASSES, TEXT_CLASSES = 1000, 10
@@ -37,6 +37,32 @@ class Problem:
     batch: int
     size: int
 
+    @property
+    def rules(self) -> Path:
+        """The scheme's file."""
+        return SCHEMES / f"{self.scheme}.yaml"
+
+
+_MOBILE = {
+    "mobilenet_v2": mobilenet_v2.MobileNetV2Config(),
+    "efficientnet_lite0": efficientnet_lite.LITE_0,
+    "mcunet-5fps": mcunet.MCUNET_5FPS,
+}
+_BERT = {"all-minilm-l6-v2": bert.MINILM, "bert-base": bert.BERT_BASE}
+
+
+def network(model: str) -> dict[str, Any]:
+    """Shape and kind of a network, as numbers that a peer can build it from."""
+    if model in _MOBILE:
+        return {"kind": "mobile", **asdict(_MOBILE[model].network)}
+    if model in _BERT:
+        return {"kind": "bert", **asdict(replace(_BERT[model], classes=TEXT_CLASSES))}
+    if model == "resnet50":
+        return {"kind": "resnet", **asdict(resnet.RESNET_50)}
+    if model == "smollm2-135m":
+        return {"kind": "llama", **asdict(llama.SMOLLM2_135M)}
+    raise ValueError(f"no peer can build {model!r}; there are {[*_MOBILE, *_BERT]} and two more")
+
 
 def build(problem: Problem) -> nnx.Module:
     """The model without arrays."""
@@ -45,14 +71,20 @@ def build(problem: Problem) -> nnx.Module:
         if problem.model == "smollm2-135m":
             config = replace(llama.SMOLLM2_135M, rope="halves")
             return llama.Llama(config, rngs=nnx.Rngs(0))
-        classes = TEXT_CLASSES if problem.model == "all-minilm-l6-v2" else None
+        classes = TEXT_CLASSES if problem.model in _BERT else None
         return models.load(problem.model, weights=None, classes=classes)
 
     return nnx.eval_shape(make)
 
 
-def names(model: str) -> Mapping[str, str] | None:
-    """Map each array's path to torch's name; None where torch has no such model here."""
+def names(model: nnx.Module, problem: Problem) -> dict[str, str]:
+    """Map each array's path to torch's name; where torch has no such model, one like the path."""
+    return {
+        path: _published(problem.model).get(path, _dotted(path)) for path in _flat(nnx.state(model))
+    }
+
+
+def _published(model: str) -> Mapping[str, str]:
     match model:
         case "mobilenet_v2":
             return mobilenet_v2.published_names(mobilenet_v2.MobileNetV2Config())
@@ -60,15 +92,13 @@ def names(model: str) -> Mapping[str, str] | None:
             return efficientnet_lite.published_names(efficientnet_lite.LITE_0)
         case "resnet50":
             return resnet.published_names(resnet.RESNET_50)
-        case "all-minilm-l6-v2":
-            own = {f"classifier/{k}": f"classifier.{v}" for k, v in _CLASSIFIER.items()}
-            return bert.published_names(bert.MINILM, ()) | own
         case "smollm2-135m":
             return models.llama_names(llama.SMOLLM2_135M)
-    return None
+    return bert.published_names(_BERT[model], ()) if model in _BERT else {}
 
 
-_CLASSIFIER = {"kernel": "weight", "bias": "bias"}
+def _dotted(path: str) -> str:
+    return path.replace("/", ".").removesuffix("kernel") + "weight" * path.endswith("kernel")
 
 
 def to_torch(path: str, value: np.ndarray) -> np.ndarray:
@@ -88,25 +118,50 @@ def from_torch(path: str, value: np.ndarray) -> np.ndarray:
 
 
 def write(problem: Problem, folder: Path) -> None:
-    """Draw weights and a batch, and write them down."""
+    """Draw weights and a batch, and write them down.
+
+    `question.json` is the problem; `problem.json` has the network's shape, torch's name for each
+    path, and the names of all parameters and of those that the scheme trains; `parts.npz` says
+    which entries of an array are trained where the scheme names a part of it.
+    """
     generator = np.random.default_rng(0)
     model = build(problem)
-    named = names(problem.model) or {}
-    weights, trained = {}, []
-    params = nnx.state(model, nnx.Param)
-    rows = pj.describe(params, pj.mask(params, SCHEMES / f"{problem.scheme}.yaml"))
-    chosen = {row.path for row in rows if row.trained}
-    for key_path, variable in nnx.to_flat_state(nnx.state(model)):
-        path = "/".join(map(str, key_path))
-        value = _drawn(generator, path, variable.shape)
-        weights[named.get(path, path)] = to_torch(path, value)
-        if path in chosen:
-            trained.append(named.get(path, path))
+    named = names(model, problem)
+    weights = {
+        named[path]: to_torch(path, _drawn(generator, path, variable.shape))
+        for path, variable in _flat(nnx.state(model)).items()
+    }
     save_file(weights, folder / "weights.safetensors")
+    params = nnx.state(model, nnx.Param)
+    chosen = _chosen(params, problem)
+    parts = {named[path]: to_torch(path, x) for path, x in chosen.items() if 0 < x.sum() < x.size}
+    np.savez(folder / "parts.npz", allow_pickle=False, **parts)
     for name, value in _batch(problem, model, generator).items():
         np.save(folder / f"{name}.npy", value)
-    given = {"model": problem.model, "trained": trained, "torch": bool(named)}
+    given = {
+        "model": problem.model,
+        "network": network(problem.model),
+        "names": named,
+        "params": [named[path] for path in _flat(params)],
+        "trained": [named[path] for path, x in chosen.items() if x.any()],
+    }
     (folder / "problem.json").write_text(json.dumps(given))
+    (folder / "question.json").write_text(json.dumps(asdict(problem)))
+
+
+def _flat(state: Any) -> dict[str, Any]:
+    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def _chosen(params: Any, problem: Problem) -> dict[str, np.ndarray]:
+    """For each parameter, which of its entries are trained."""
+    mask = pj.mask(params, problem.rules)
+    blank = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
+    ones = jax.tree.map(lambda x: jnp.ones_like(x), pj.pack(blank, mask))
+    return {
+        path: np.asarray(variable[...]) > 0
+        for path, variable in _flat(pj.unpack(blank, ones, mask)).items()
+    }
 
 
 def _drawn(generator: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -136,11 +191,11 @@ def _batch(problem: Problem, model: Any, generator: np.random.Generator) -> dict
 def read(problem: Problem, folder: Path) -> tuple[Any, Any, tuple[jax.Array, ...]]:
     """The loss as a function of the params and a batch, the params, and the batch."""
     tensors = load_file(folder / "weights.safetensors")
-    named = names(problem.model) or {}
-    graph, state = nnx.split(build(problem))
-    for key_path, variable in nnx.to_flat_state(state):
-        path = "/".join(map(str, key_path))
-        variable.set_value(jnp.asarray(from_torch(path, tensors[named.get(path, path)])))
+    model = build(problem)
+    named = names(model, problem)
+    graph, state = nnx.split(model)
+    for path, variable in _flat(state).items():
+        variable.set_value(jnp.asarray(from_torch(path, tensors[named[path]])))
     graph, params, rest = nnx.split(nnx.merge(graph, state), nnx.Param, ...)
     batch = tuple(jnp.asarray(np.load(folder / f"{name}.npy")) for name in ("inputs", "labels"))
 
@@ -151,3 +206,19 @@ def read(problem: Problem, folder: Path) -> tuple[Any, Any, tuple[jax.Array, ...
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     return loss, params, batch
+
+
+def entries(problem: Problem, params: Any) -> list[bool | pj.Part]:
+    """What of each leaf of the params is trained."""
+    mask = pj.mask(params, problem.rules)
+    return jax.tree.leaves(mask, is_leaf=lambda entry: isinstance(entry, pj.Part))
+
+
+def as_torch(problem: Problem, params: Any, trained: Sequence[bool]) -> dict[str, np.ndarray]:
+    """The leaves that are trained, in torch's names and layout."""
+    named = names(build(problem), problem)
+    return {
+        named[path]: to_torch(path, np.asarray(variable[...]))
+        for (path, variable), yes in zip(_flat(params).items(), trained, strict=True)
+        if yes
+    }
