@@ -23,12 +23,12 @@ from pockjax.autodiff._jaxprs import size_in_bytes, tidied
 _CHEAP = frozenset(
     """
     abs add add_any and asin atan atan2 broadcast_in_dim cbrt ceil clamp concatenate
-    convert_element_type copy copy_p cos div dynamic_slice empty2 eq erf erf_inv exp exp2
+    convert_element_type copy copy_p cos div dynamic_slice empty2 eq erf erf_inv erfc exp exp2
     expand_dims expm1 floor full gather ge gt imag integer_pow iota is_finite le log log1p logistic
-    lt max min mul ne neg nextafter not one_minus_square or pad pow real reduce_precision rem
-    reshape rev round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign
-    sin sinh
-    slice split sqrt square squeeze stack stop_gradient sub tan tanh transpose xor name
+    lt max min mul name ne neg nextafter not one_minus_square or pad polynomial pow real
+    reduce_precision rem reshape rev round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh slice split sqrt square squeeze stack stop_gradient sub tan
+    tanh transpose xor
     """.split()
 )
 
