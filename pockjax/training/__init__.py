@@ -1,5 +1,6 @@
 """The compiled training step: `compile`, its state and its report."""
 
+from pockjax.training._cost_model import CostModel as CostModel
 from pockjax.training._loop import Fit as Fit
 from pockjax.training._loop import fit as fit
 from pockjax.training._measure import Measurement as Measurement
