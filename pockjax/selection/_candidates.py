@@ -27,6 +27,7 @@ from pockjax.selection._entries import positions
 PyTree = Any
 Batch = tuple[Any, ...]
 Entries = tuple[tuple[str, bool | Part], ...]
+_WIDEST = 8  # candidates side by side, if nobody says how many
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Trial:
         candidates: what each trains; its entries for arrays that are in ``beside`` do not count.
         training: for each seed, the batches to train on, in order.
         held_out: the batches to be judged by.
-        vectorized: how many candidates run side by side, as one array.
+        vectorized: how many candidates run side by side, as one array; None to choose.
     """
 
     fun: Callable[..., Any]
@@ -53,7 +54,7 @@ class Trial:
     candidates: tuple[Entries, ...]
     training: tuple[tuple[Batch, ...], ...]
     held_out: tuple[Batch, ...]
-    vectorized: int = 1
+    vectorized: int | None = None
 
 
 class Program:
@@ -72,7 +73,7 @@ class Program:
             candidates: positions of the candidates; -1 trains nothing but what is beside.
         """
         found: list[float] = []
-        width = self.trial.vectorized
+        width = self._width
         for start in range(0, len(candidates), width):
             some = list(candidates[start : start + width])
             full = some + [-1] * (width - len(some))  # always of one shape
@@ -163,20 +164,33 @@ class Program:
         return self._features_of(self._split_evaluation[0], self.trial.held_out)
 
     @cached_property
+    def _width(self) -> int:
+        """How many candidates run side by side."""
+        if self.trial.vectorized is not None:
+            return self.trial.vectorized
+        if jax.default_backend() == "cpu":
+            return 1
+        memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+        one = self._compile(1).memory_analysis().temp_size_in_bytes
+        return min(max(memory // 2 // max(one, 1), 1), _WIDEST)
+
+    @cached_property
     def _compiled(self) -> Callable[..., Any]:
+        return self._compile(self._width)
+
+    def _compile(self, width: int) -> Any:
         def score(arrays: Any, selectors: Any, training: Any, held_out: Any) -> Any:
             arrays = self._trained(arrays, selectors, training)
             return self._score(arrays, held_out)
 
         def scores(arrays: Any, selectors: Any, training: Any, held_out: Any) -> Any:
-            if self.trial.vectorized == 1:
+            if width == 1:
                 # Without an axis for candidates, what a branch does not need is not computed.
-                return score(arrays, jax.tree.map(lambda x: x[0], selectors), training, held_out)[
-                    None
-                ]
+                first = jax.tree.map(lambda x: x[0], selectors)
+                return score(arrays, first, training, held_out)[None]
             return jax.vmap(score, (None, 0, None, None))(arrays, selectors, training, held_out)
 
-        args = (self._arrays, self._selectors([-1] * self.trial.vectorized))
+        args = (self._arrays, self._selectors([-1] * width))
         args = (*args, self._training(0), self._held_out)
         return jax.jit(_fast(scores)).lower(*args).compile()
 
