@@ -4,8 +4,9 @@
 Every part is kept as soon as it is there, and measured units in `work`, so an interrupted run
 goes on where it was; ``--only`` names parts, ``--fresh`` forgets them.
 
-Parts: ``timing`` (steps and candidates, on a quiet machine), ``finetune`` (all units), ``longer``
-(some of them, for many more steps, and the rank correlation with the short runs), ``gradients``.
+Parts: ``classifier`` (prepares the network), ``timing`` (steps and candidates, on a quiet machine),
+``finetune`` (all units), ``longer`` (some of them, for many more steps, and how both rank them),
+``gradients`` (the cheap criteria beside fine-tuning).
 """
 
 import json
@@ -72,7 +73,7 @@ class Setup:
         """Nothing is loaded before it is needed."""
         self.config = config
 
-    def batches(self, part: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    def batches(self, part: str) -> list[tuple[Any, ...]]:
         """The photographs of a part, shuffled, in batches of one size."""
         images = read_images(
             self.config.data / part, size=SIDE, resize=SIDE, mean=IMAGENET_MEAN, std=IMAGENET_STD
@@ -92,7 +93,7 @@ class Setup:
         return self.batches("validation")[: self.config.judged]
 
     @cached_property
-    def network(self) -> tuple[Any, Any, Any]:
+    def network(self) -> Any:
         """Its graph, parameters and statistics, the new classifier random."""
         return nnx.split(models.load("mobilenet_v2", classes=10), nnx.Param, ...)
 
@@ -109,7 +110,12 @@ class Setup:
     @cached_property
     def params(self) -> Any:
         """The pretrained parameters and a classifier that was trained on them alone."""
-        params = self.network[1]
+        params, kept = self.network[1], self.config.work / "classifier.npz"
+        if kept.exists():
+            with np.load(kept) as arrays:
+                params["classifier"]["kernel"].set_value(arrays["kernel"])
+                params["classifier"]["bias"].set_value(arrays["bias"])
+            return jax.tree.map(np.asarray, params)
         mask = pj.mask(params, [("classifier/.*", "all")])
         prefix, suffix = pj.split(self.loss, mask)
         front = jax.jit(pj.rewrite(prefix, measure=False))
@@ -119,6 +125,10 @@ class Setup:
         for _ in range(3):
             for batch in features:
                 state, _ = step(state, batch)
+        classifier = state.params["classifier"]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as path:
+            np.savez(path, kernel=classifier["kernel"][...], bias=classifier["bias"][...])
         return jax.tree.map(np.asarray, state.params)
 
     @cached_property
@@ -139,6 +149,13 @@ class Setup:
             tx=optax.sgd(self.config.rate),
             **options,
         )
+
+
+def classifier(setup: Setup) -> dict[str, float]:
+    """How good the network is to begin with: its classifier trained, nothing else."""
+    judge = jax.jit(pj.rewrite(setup.accuracy, measure=False))
+    found = [float(judge(setup.params, *batch)) for batch in setup.batches("validation")]
+    return {"accuracy": float(np.mean(found))}
 
 
 def timing(setup: Setup) -> dict[str, float]:
@@ -189,17 +206,22 @@ def finetune(setup: Setup) -> dict[str, Any]:
     start = time.perf_counter()
     found = setup.measure("finetune", folder=setup.config.work)
     found.save(setup.config.out.with_name("sensitivity_mobilenet_v2.json"))
-    table = [spearmanr(a, b).statistic for a, b in _pairs(found.values)]
+    table = [rank_correlation(a, b) for a, b in _pairs(found.values)]
     best = np.argsort(-found.mean)[:10]
     return {
         "seconds_here": time.perf_counter() - start,
         "units": len(found.units),
-        "rank_correlation_between_seeds": [float(x) for x in table],
+        "rank_correlation_between_seeds": table,
         "best": {found.units[k].name: float(found.mean[k]) for k in best},
         "depthwise_mean": _mean(found, lambda u: u.depthwise and u.ratio == 1),
         "expand_mean": _mean(found, lambda u: "expand/conv" in u.name and u.ratio == 1),
         "project_mean": _mean(found, lambda u: "project/conv" in u.name and u.ratio == 1),
     }
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's."""
+    return float(np.asarray(spearmanr(a, b))[0])
 
 
 def _mean(found: Sensitivity, holds: Callable[[Unit], bool]) -> float:
@@ -221,8 +243,8 @@ def longer(setup: Setup) -> dict[str, float]:
         "units": float(len(some)),
         "short_steps": float(config.steps),
         "long_steps": float(config.longer),
-        "spearman": float(spearmanr(short.mean, long.mean).statistic),
-        "spearman_of_one_seed": float(spearmanr(short.values[0], long.mean).statistic),
+        "spearman": rank_correlation(short.mean, long.mean),
+        "spearman_of_one_seed": rank_correlation(short.values[0], long.mean),
     }
 
 
@@ -233,11 +255,12 @@ def gradients(setup: Setup) -> dict[str, float]:
     found = {}
     for criterion in ("fisher", "taylor", "gradnorm", "snr", "magnitude", "random"):
         other = setup.measure(criterion, seeds=[0], progress=False)
-        found[criterion] = float(spearmanr(table.mean[weights], other.mean[weights]).statistic)
+        found[criterion] = rank_correlation(table.mean[weights], other.mean[weights])
     return found
 
 
 PARTS: dict[str, Callable[[Setup], dict[str, Any]]] = {
+    "classifier": classifier,
     "timing": timing,
     "finetune": finetune,
     "longer": longer,

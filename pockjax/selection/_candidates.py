@@ -86,9 +86,12 @@ class Program:
     def trained(self, seed: int, candidate: int) -> PyTree:
         """The parameters after a candidate was trained."""
         selectors = jax.tree.map(lambda x: x[0], self._selectors([candidate]))
-        train = _fast(lambda *args: self._trained(*args))
-        arrays = jax.jit(train)(self._arrays, selectors, self._training(seed))
+        arrays = self._train_alone(self._arrays, selectors, self._training(seed))
         return self._tree.tree(arrays)
+
+    @cached_property
+    def _train_alone(self) -> Callable[..., list[jax.Array]]:
+        return jax.jit(_fast(lambda *args: self._trained(*args)))
 
     @cached_property
     def _tree(self) -> Arrays:

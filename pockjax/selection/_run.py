@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from dataclasses import dataclass
@@ -149,14 +150,16 @@ def _pickled(work: Any) -> bytes:
 
 
 _MADE: dict[str, Callable[..., Values]] = {}  # in a worker: what it made last, by its token
+_TURN = threading.Lock()  # threads of one process share it, and XLA's threads do the work anyway
 
 
 def _work(token: str, payload: bytes, arguments: tuple[Any, ...]) -> Values:
-    if token not in _MADE:
-        make, context = pickle.loads(payload)
-        _MADE.clear()
-        _MADE[token] = make(context)
-    return _MADE[token](*arguments)
+    with _TURN:
+        if token not in _MADE:
+            make, context = pickle.loads(payload)
+            _MADE.clear()
+            _MADE[token] = make(context)
+        return _MADE[token](*arguments)
 
 
 def _write(folder: Path, piece: Piece, values: Values) -> None:
