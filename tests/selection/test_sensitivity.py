@@ -125,6 +125,29 @@ def test_criteria_that_read_gradients_by_hand() -> None:
     np.testing.assert_allclose(value(magnitude, "b/kernel"), norm, rtol=1e-5)
 
 
+def test_parameters_in_an_order_of_their_own() -> None:
+    """Eleven layers of one shape: as text, the last comes before the third."""
+    generator = np.random.default_rng(0)
+    layers = [generator.normal(0, 0.4, (3, 3)).astype(np.float32) for _ in range(11)]
+
+    def deep(params: Any, x: jax.Array) -> jax.Array:
+        for w in params["layers"]:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    x = generator.normal(size=(4, 3)).astype(np.float32)
+    grads = jax.jit(jax.grad(deep))({"layers": layers}, x)["layers"]
+    options = OPTIONS | {"steps": 1, "seeds": (0,)}
+    for criterion, worth in (
+        ("taylor", lambda g: 0.1 * (g**2).sum()),
+        ("gradnorm", np.linalg.norm),
+    ):
+        found = sensitivity(deep, {"layers": layers}, [(x,)], criterion, **options)
+        for k, grad in enumerate(grads):
+            wanted = worth(np.asarray(grad))
+            np.testing.assert_allclose(value(found, f"layers/{k}"), wanted, rtol=1e-3)
+
+
 def test_fisher_is_the_potential_of_the_activations() -> None:
     """Against gates on the channels that a layer reads: dL/dgate is the sum of a·g."""
     found = measured("fisher", seeds=(0,))

@@ -174,7 +174,8 @@ def choices(found: Sequence[Unit]) -> Iterator[list[Unit]]:
 @pytest.mark.parametrize("make", MADE)
 def test_every_unit_is_an_exact_sparse_gradient(make: Callable[[], Case]) -> None:
     case = make()
-    found = units(case.fun, case.params, *case.batch, axes=("in", "out", "heads"))
+    axes = ("in", "out", "heads")
+    found = units(case.fun, case.params, *case.batch, axes=axes, ratios=(1, 0.5))
     assert_covers(case, found)
     loss = scalar(case.fun)
     primal = trace(loss, case.params, case.batch)

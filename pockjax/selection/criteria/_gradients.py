@@ -22,7 +22,8 @@ def taylor(problem: Problem, seed: int) -> Elements:
     grads = treedef.unflatten([mean.get(path) for path, _ in named])
     params = treedef.unflatten([x if path in mean else None for path, x in named])
     updates, _ = problem.tx.update(grads, problem.tx.init(params), params)
-    steps = dict(zip(mean, jax.tree.leaves(updates), strict=True))
+    paths = [path for path, _ in named if path in mean]
+    steps = dict(zip(paths, jax.tree.leaves(updates), strict=True))
     return {path: -g * np.asarray(steps[path], np.float32) for path, g in mean.items()}
 
 
