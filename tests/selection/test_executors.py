@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
@@ -17,7 +15,12 @@ from pockjax.selection import Sensitivity, sensitivity
 from pockjax.selection._run import Piece, Runner
 from tests.selection.problems import all_units, batches, loss, params
 
-OPTIONS: dict[str, Any] = {"steps": 3, "seeds": (0, 1), "progress": False, "tx": optax.sgd(0.1)}
+OPTIONS: dict[str, Any] = {
+    "steps": 3,
+    "seeds": (0, 1, 2, 3),
+    "progress": False,
+    "tx": optax.sgd(0.1),
+}
 
 
 def measured(**options: Any) -> Sensitivity:
@@ -43,6 +46,28 @@ def test_processes(here: Sensitivity) -> None:
         np.testing.assert_array_equal(measured(executor=executor).values, here.values)
 
 
+class Killing(Executor):
+    """Hands on what it is given, and kills a process as soon as three pieces are done."""
+
+    def __init__(self, executor: Executor, pid: int):
+        self._executor, self._pid = executor, pid
+        self._done = 0
+        self.given: list[Future[Any]] = []
+        self.left_when_killed: list[int] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = self._executor.submit(fn, *args, **kwargs)
+        self.given.append(future)
+        future.add_done_callback(self._count)
+        return future
+
+    def _count(self, future: Future[Any]) -> None:
+        self._done += 1
+        if self._done == 3:
+            self.left_when_killed.append(sum(not f.done() for f in self.given))
+            os.kill(self._pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of other libraries' sockets and threads
 def test_two_dask_workers_of_which_one_dies(here: Sensitivity) -> None:
@@ -50,23 +75,12 @@ def test_two_dask_workers_of_which_one_dies(here: Sensitivity) -> None:
     cluster = distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None
     )
-    killed: list[int] = []
     with cluster, distributed.Client(cluster) as client:
         pids = list(client.run(os.getpid).values())
         assert len(set(pids)) == 2 and os.getpid() not in pids
-
-        def kill_one_at_work() -> None:
-            """Once two pieces are there, and the rest is not."""
-            while sum(key.startswith("_work") for keys in client.has_what().values() for key in keys) < 2:  # fmt: skip  # noqa: E501
-                time.sleep(0.02)
-            os.kill(pids[0], signal.SIGKILL)
-            killed.append(pids[0])
-
-        thread = threading.Thread(target=kill_one_at_work, daemon=True)
-        thread.start()
-        found = measured(executor=client.get_executor())
-        thread.join(timeout=60)
-    assert killed
+        executor = Killing(client.get_executor(), pids[0])
+        found = measured(executor=executor)
+    assert executor.left_when_killed and executor.left_when_killed[0] >= 2
     np.testing.assert_array_equal(found.values, here.values)
 
 
