@@ -1,5 +1,6 @@
 """The compiled training step: `compile`, its state and its report."""
 
+from pockjax.training._cost_model import CostModel as CostModel
 from pockjax.training._report import Estimate as Estimate
 from pockjax.training._report import ParameterRow as ParameterRow
 from pockjax.training._report import Report as Report
