@@ -9,7 +9,7 @@ import jax
 import optax
 
 from pockjax._compat import Jaxpr
-from pockjax.autodiff import IndexedMask, inlined
+from pockjax.autodiff import IndexedMask, Plan, inlined
 from pockjax.costs import Prediction, count_flops, predict_temp_bytes, tree_bytes
 from pockjax.masks import pack, resolve
 from pockjax.rewrites import BACKENDS, Rewriter
@@ -64,23 +64,24 @@ class CostModel:
             return None
         return Rewriter(measure=self._rewrites == "measured")
 
-    def _update_of(self, mask: PyTree) -> Update:
+    def _update_of(self, mask: PyTree, remat: Plan | bool) -> Update:
         """The update of a mask; shares the trace of the loss."""
         resolve(self._update.params, mask)
-        update = replace(self._update, mask=IndexedMask.of(mask))
+        update = replace(self._update, mask=IndexedMask.of(mask), remat=remat)
         update.__dict__["primal"] = self._update.primal
         return update
 
-    def predict(self, mask: PyTree) -> Prediction:
+    def predict(self, mask: PyTree, remat: Plan | bool = ()) -> Prediction:
         """What training a mask is expected to cost.
 
         Args:
             mask: what to train, see `compile`.
+            remat: what the backward pass computes again, see `compile`.
 
         Raises:
             MaskError: if the mask does not fit the parameters.
         """
-        update = self._update_of(mask)
+        update = self._update_of(mask, remat)
         jaxpr = self._jaxpr(update)
         joint, params = update.joint, update.primal.params
         passes, n_params = joint.passes, len(params.arrays)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pockjax.autodiff import IndexedMask, is_array
+from pockjax.autodiff import IndexedMask, Plan, is_array
 from pockjax.costs import CompiledCost
 from pockjax.masks import MaskError, pack, resolve
 from pockjax.rewrites import BACKENDS, Choice, Rewriter
@@ -34,6 +34,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     merge_aux: Callable[[PyTree, PyTree], PyTree] | None = None,
     residuals: Residuals = "kept",
     rewrites: Rewrites = "measured",
+    remat: Plan | bool = False,
 ) -> "Step":
     """Compiles a training step that computes, stores and updates only what a mask names.
 
@@ -66,6 +67,10 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         rewrites: how to find faster forms of convolutions, on a CPU (see `pockjax.rewrite`):
             ``"measured"`` times them once on each machine, about a second for each new kind of
             convolution; ``"guessed"`` takes the likeliest; ``"none"`` leaves all as it is.
+        remat: what the backward pass computes again instead of keeping it (rematerialisation, as
+            by `jax.checkpoint`): True finds the blocks that leave the fewest bytes to keep; spans
+            ``((start, stop), ...)`` of the equations of ``fun``, jits inlined, name them. See
+            `Step.remat`.
 
     Returns:
         The step. ``fun`` was traced once, and is never called again.
@@ -74,7 +79,8 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         MaskError: if the mask does not fit ``params``.
         TypeError: if ``fun`` does not return one real scalar, if ``tx`` asks for what a step does
             not have, or if ``tx`` or ``merge_aux`` change shapes or dtypes of what they return.
-        ValueError: if ``accumulate`` does not divide the batch, or for ``merge_aux`` without aux.
+        ValueError: if ``accumulate`` does not divide the batch, for ``merge_aux`` without aux, or
+            if ``remat`` does not fit ``fun`` or is asked for when XLA chooses the residuals.
 
     >>> import pockjax as pj
     >>> params = {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}
@@ -92,12 +98,15 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         raise ValueError(f"rewrites must be 'measured', 'guessed' or 'none', got {rewrites!r}")
     if merge_aux is not None and not has_aux:
         raise ValueError("merge_aux needs auxiliary outputs: a function with has_aux=True")
+    if remat and residuals != "kept":
+        raise ValueError(f"remat needs residuals='kept', got {residuals!r}: else XLA may undo it")
     resolve(params, mask)
     batch = shapes_of(batch, numbers=True)
     check_batch(batch, accumulate)
     update = Update(
-        fun, IndexedMask.of(mask), tx, shapes_of(params), batch, has_aux, accumulate, key, merge_aux
-    )
+        fun, IndexedMask.of(mask), tx, shapes_of(params), batch, has_aux, accumulate, key,
+        merge_aux, remat,
+    )  # fmt: skip
     variants = {"auto": ("kept", "xla")}.get(residuals, (residuals,))
     rewriter = Rewriter(measure=rewrites == "measured")
     if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
@@ -231,6 +240,11 @@ class Step:
     def report(self) -> Report:
         """What the step costs, predicted and compiled, and what was left out and why."""
         return make_report(self._update, self._costs, self._chosen, self._rewrites)
+
+    @property
+    def remat(self) -> Plan:
+        """The spans of equations of the loss that the backward pass computes again."""
+        return self._update.plan
 
     @property
     def compiled(self) -> Any:

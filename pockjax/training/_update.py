@@ -15,6 +15,7 @@ from pockjax.autodiff import (
     Arrays,
     IndexedMask,
     Joint,
+    Plan,
     Primal,
     differentiate,
     is_array,
@@ -42,6 +43,8 @@ class Update:
         accumulate: number of microbatches.
         key: random key to begin with, or None.
         merge_aux: writes auxiliary outputs into frozen parameters.
+        remat: which equations of the loss the backward pass computes again; True for the blocks
+            that keep the fewest bytes.
     """
 
     fun: Callable[..., Any]
@@ -53,6 +56,7 @@ class Update:
     accumulate: int
     key: jax.Array | None
     merge_aux: Callable[[PyTree, PyTree], PyTree] | None
+    remat: Plan | bool = ()
 
     @cached_property
     def primal(self) -> Primal:
@@ -65,7 +69,16 @@ class Update:
     @cached_property
     def joint(self) -> Joint:
         """Loss and packed gradient of one microbatch."""
-        return differentiate(self.primal, self.mask.tree(self.mask.indices))
+        mask = self.mask.tree(self.mask.indices)
+        return differentiate(self.primal.rematerialised(self.plan), mask)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The spans of equations that the backward pass computes again."""
+        if not isinstance(self.remat, bool):
+            return self.remat
+        mask = self.mask.tree(self.mask.indices)
+        return self.primal.best_plan(mask) if self.remat else ()
 
     def _micro_shape(self, a: Any) -> Any:
         if not self._is_cut(a):
