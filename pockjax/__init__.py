@@ -25,6 +25,8 @@ from pockjax.prefix import FeatureCache as FeatureCache
 from pockjax.prefix import Features as Features
 from pockjax.prefix import split as split
 from pockjax.rewrites import rewrite as rewrite
+from pockjax.selection import Budget as Budget
+from pockjax.selection import search as search
 from pockjax.training import Metrics as Metrics
 from pockjax.training import Report as Report
 from pockjax.training import State as State

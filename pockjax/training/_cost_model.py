@@ -101,6 +101,10 @@ class CostModel:
             flops=count_flops(jaxpr),
         )
 
+    def best_plan(self, mask: PyTree) -> Plan:
+        """The blocks to compute again so that a mask's backward pass keeps the fewest bytes."""
+        return self._update.primal.best_plan(mask)
+
     def _jaxpr(self, update: Update) -> Jaxpr:
         """The whole step, as it would be handed to XLA."""
         step = update.step(self._kept)
