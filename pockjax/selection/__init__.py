@@ -10,4 +10,6 @@ from pockjax.selection._search import Search as Search
 from pockjax.selection._search import search as search
 from pockjax.selection._sensitivity import Sensitivity as Sensitivity
 from pockjax.selection._units import Unit as Unit
+from pockjax.selection._units import left_out as left_out
 from pockjax.selection._units import union as union
+from pockjax.selection._units import units as units
