@@ -34,7 +34,7 @@ class Attempt:
     Attributes:
         solution: the choice.
         plan: what its backward pass computes again.
-        predicted: what it was predicted to take, by name, before it was compiled.
+        predicted: what the cost model predicts, by name.
         compiled: what it takes.
         keeps: whether that is within the budget.
         step: the compiled step.
@@ -238,18 +238,14 @@ class Search:
         best: Attempt | None = None
         for number in range(self._rounds):
             self._progress("compiling the best choices", number, self._rounds)
-            proposals = [
-                self._proposal(surrogate, limits, attempts, solver, seed)
-                for surrogate in self._fitted(limits)
-            ]
-            known = {(a.solution.chosen, a.plan) for a in attempts}
-            fresh = [p for p in proposals if p and (p[0].chosen, p[1]) not in known]
-            if best is not None:
-                fresh = [p for p in fresh if p[0].objective > best.solution.objective]
-            if not fresh:
+            worth = -np.inf if best is None else best.solution.objective
+            proposals = self._proposals(limits, attempts, solver, seed, worth, hopeful=False)
+            if not proposals:
+                proposals = self._proposals(limits, attempts, solver, seed, worth, hopeful=True)
+            if not proposals:
                 break
             # Of equals the one that computes nothing again, which comes first.
-            solution, plan = max(fresh, key=lambda p: p[0].objective)
+            solution, plan = max(proposals, key=lambda p: p[0].objective)
             attempt = self._attempt(solution, plan, limits)
             attempts.append(attempt)
             if attempt.keeps:
@@ -354,11 +350,18 @@ class Search:
                 return feature(name, p)
 
     def _expected(
-        self, chosen: Sequence[int], plan: Plan, names: Iterable[str]
+        self, chosen: Sequence[int], plan: Plan, names: Iterable[str], *, hopeful: bool = False
     ) -> dict[str, float]:
-        """What a choice is expected to take, corrected by what was compiled with such a plan."""
+        """What a choice is expected to take, corrected by what was compiled with such a plan.
+
+        Args:
+            chosen: positions of units.
+            plan: what is computed again.
+            names: of the quantities.
+            hopeful: correct by the most favourable error that was found instead of the nearest.
+        """
         prediction = self._predict(chosen, plan)
-        found = {}
+        key_of, found = (tuple(chosen), plan), {}
         for name in names:
             value = self._quantity(name, prediction)
             pairs = [
@@ -368,9 +371,17 @@ class Search:
             ]
             if name == "latency" and not pairs and prediction.seconds is None:
                 continue  # known only up to a factor
-            # Nearest first: errors differ from one end of the network to the other.
-            near = min(pairs, key=lambda pair: abs(pair[0] - value), default=(value, value))
             is_time = name == "latency"
+
+            def error(pair: tuple[float, float], is_time: bool = is_time) -> float:
+                return pair[1] / pair[0] if is_time else pair[1] - pair[0]
+
+            def distance(pair: tuple[float, float], value: float = value) -> float:
+                return abs(pair[0] - value)
+
+            exact = key_of in self._compiled and name in self._compiled[key_of][1]
+            rank = error if hopeful and not exact else distance
+            near = min(pairs, key=rank, default=(value, value))
             found[name] = value * near[1] / near[0] if is_time else value + near[1] - near[0]
         return found
 
@@ -390,24 +401,45 @@ class Search:
 
     # The loop.
 
-    def _proposal(
+    def _proposals(
         self,
-        surrogate: Surrogate,
         limits: Mapping[str, float],
         attempts: Sequence[Attempt],
         solver: str,
         seed: int,
-    ) -> tuple[Solution, Plan] | None:
+        worth: float,
+        *,
+        hopeful: bool,
+    ) -> list[tuple[Solution, Plan]]:
+        """The best choice of each plan, if it is worth more than ``worth`` and was not compiled."""
+        solve = _solver(solver, seed, self._solver_options)
+        found = []
+        for surrogate in self._fitted(limits):
+            plan = surrogate.plan
+            known = {a.solution.chosen for a in attempts if a.plan == plan}
+            forbidden = frozenset(
+                frozenset(a.solution.chosen) for a in attempts if a.plan == plan and not a.keeps
+            )
+            best = self._proposal(surrogate, limits, forbidden, solve, hopeful=hopeful)
+            if best is not None and best.objective > worth and best.chosen not in known:
+                found.append((best, plan))
+        return found
+
+    def _proposal(
+        self,
+        surrogate: Surrogate,
+        limits: Mapping[str, float],
+        forbidden: frozenset[frozenset[int]],
+        solve: Callable[[Problem], Solution],
+        *,
+        hopeful: bool,
+    ) -> Solution | None:
         """The best choice that is expected to keep the limits; None if none is.
 
         The linear costs are moved until what the solver chooses is expected to keep the limits, and
         to leave nothing of them.
         """
-        solve = _solver(solver, seed, self._solver_options)
         plan = surrogate.plan
-        forbidden = frozenset(
-            frozenset(a.solution.chosen) for a in attempts if a.plan == plan and not a.keeps
-        )
         bounds = {name: limit for name, limit in limits.items()}
         lowest_bad = dict.fromkeys(limits, np.inf)
         best: Solution | None = None
@@ -430,7 +462,7 @@ class Search:
             if solution.chosen in tried:
                 break
             tried.add(solution.chosen)
-            expected = self._expected(solution.chosen, plan, limits)
+            expected = self._expected(solution.chosen, plan, limits, hopeful=hopeful)
             over = {k: v - limits[k] for k, v in expected.items()}
             features = {c.name: problem.cost(c, solution.chosen) for c in costs}
             for name, excess in over.items():
@@ -445,7 +477,7 @@ class Search:
                     best = solution
                 if "latency" in limits and "latency" not in expected:
                     break  # compile it: that gives the factor
-        return None if best is None else (best, plan)
+        return best
 
     def _cheapest(self, surrogate: Surrogate, limits: Mapping[str, float]) -> tuple[int, ...]:
         """The unit that comes nearest to the limits, alone."""
@@ -457,7 +489,12 @@ class Search:
         return (min(range(len(self._units)), key=excess),)
 
     def _attempt(self, solution: Solution, plan: Plan, limits: Mapping[str, float]) -> Attempt:
-        predicted = self._expected(solution.chosen, plan, limits)
+        prediction = self._predict(solution.chosen, plan)
+        predicted = {
+            name: self._quantity(name, prediction)
+            for name in limits
+            if name != "latency" or prediction.seconds is not None
+        }
         key = (solution.chosen, plan)
         known = self._compiled.get(key)
         if known is None or not set(limits) <= set(known[1]):
