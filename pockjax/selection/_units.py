@@ -39,6 +39,7 @@ class Unit:
         grain: how many channels along that axis belong together, such as those of a head.
         macs: multiplications and additions of its products in the forward pass; 0 of biases.
         depthwise: whether it is a depthwise kernel, whose training contributes next to nothing.
+        stacked: axes of the array along which layers are stacked; the unit is of one layer.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Unit:
     grain: int = 1
     macs: int = 0
     depthwise: bool = False
+    stacked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +77,7 @@ class Model:
         statistics = _batch_statistics(params)
         allowed: Sequence[Any] = [True] * len(named)
         if among is not None:
-            entries = dict(flatten_with_paths(make_mask(params, among), is_leaf=_is_part)[0])
+            entries = dict(flatten_with_paths(make_mask(params, among), is_leaf=is_part)[0])
             allowed = [entries[path] is not False for path, _ in named]
             statistics = frozenset()
         left_out: dict[str, str] = {}
@@ -253,6 +255,7 @@ def _of_weight(
                 grain=grain,
                 macs=consumer.macs,
                 depthwise=consumer.depthwise,
+                stacked=tuple(axis for axis, _ in consumer.rows),
             )
 
 
@@ -317,5 +320,5 @@ def _batch_statistics(params: PyTree) -> frozenset[str]:
     return frozenset(found)
 
 
-def _is_part(node: Any) -> bool:
+def is_part(node: Any) -> bool:
     return isinstance(node, Part)
