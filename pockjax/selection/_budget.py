@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-_UNITS: dict[str, dict[str, float]] = {
+_UNITS: dict[str, Mapping[str, float]] = {
     "bytes": {"B": 1} | {
         f"{prefix}{i}B": base**power
         for i, base in (("", 1000), ("i", 1024))

@@ -1,94 +1,24 @@
 """Search: the units that are worth most under a budget that the compiled step keeps."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
 from pockjax.autodiff import Plan
-from pockjax.costs import CompiledCost, Prediction
 from pockjax.masks import Scheme
 from pockjax.selection._budget import Budget, BudgetError, amount
+from pockjax.selection._choices import Choices
+from pockjax.selection._found import Attempt, Found, Point
 from pockjax.selection._sensitivity import Sensitivity
-from pockjax.selection._surrogate import Surrogate, feature, fit, levels_of
-from pockjax.selection._timing import step_seconds
-from pockjax.selection._units import Unit, union
-from pockjax.selection.solvers import InfeasibleError, Problem, Solution, solver
-from pockjax.training import CostModel, Step
-from pockjax.training import compile as compile_step
+from pockjax.selection._surrogate import Surrogate, fit, levels_of
+from pockjax.selection.solvers import Cost, InfeasibleError, Problem, Solution, solver
 
 PyTree = Any
 type Progress = Callable[[str, int, int], Any]
 
 _PROPOSALS = 12  # how often a limit is moved before a mask is compiled
-
-
-@dataclass(frozen=True, eq=False)
-class Attempt:
-    """A choice that was compiled.
-
-    Attributes:
-        solution: the choice.
-        plan: what its backward pass computes again.
-        predicted: what the cost model predicts, by name.
-        compiled: what it takes.
-        keeps: whether that is within the budget.
-        step: the compiled step.
-    """
-
-    solution: Solution
-    plan: Plan
-    predicted: dict[str, float]
-    compiled: dict[str, float]
-    keeps: bool
-    step: Step
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a search found.
-
-    Attributes:
-        scheme: the choice as text, with its budget, its costs and how it was found.
-        mask: the choice as a mask.
-        units: the chosen units.
-        remat: what the backward pass computes again; the option of `compile`.
-        step: the compiled step.
-        objective: the summed sensitivity.
-        gap: by which fraction of it another choice might be worth more, under the linear costs that
-            the solver saw; None if the solver cannot tell.
-        attempts: every choice that was compiled on the way, in order.
-    """
-
-    scheme: Scheme
-    mask: PyTree
-    units: tuple[Unit, ...]
-    remat: Plan
-    step: Step
-    objective: float
-    gap: float | None
-    attempts: tuple[Attempt, ...]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of the curve of what a budget buys.
-
-    Attributes:
-        cost: what the choice is predicted to take, corrected by what was compiled so far.
-        objective: its summed sensitivity.
-        units: names of the chosen units.
-        remat: whether blocks are computed again.
-    """
-
-    cost: float
-    objective: float
-    units: tuple[str, ...]
-    remat: bool
 
 
 def search(
@@ -100,6 +30,7 @@ def search(
     budget: Budget,
     solver: str = "milp",
     tx: optax.GradientTransformation | None = None,
+    beside: Any = None,
     remat: bool = True,
     seed: int = 0,
     name: str = "",
@@ -125,6 +56,8 @@ def search(
         solver: ``"milp"`` (proven optimal), ``"evolution"`` (the paper's), ``"greedy"`` or
             ``"random"``; see `pockjax.selection.solvers`.
         tx: the optimizer, whose state counts; Adam unless given.
+        beside: what is trained in any case, such as a new classifier, in any form that
+            `pockjax.mask` takes; units lose what they have of it.
         remat: whether the backward pass may compute blocks again instead of keeping them.
         seed: for solvers that draw. The same seed gives the same scheme, to the bit; where latency
             is bounded, as far as the machine gives the same times.
@@ -155,7 +88,9 @@ def search(
     >>> scheme.rules
     (Rule(path='b', train='all', note=''),)
     """
-    whole = Search(fun, params, data, sens, tx=tx, remat=remat, progress=progress, **options)
+    whole = Search(
+        fun, params, data, sens, tx=tx, beside=beside, remat=remat, progress=progress, **options
+    )
     return whole.find(budget, solver=solver, seed=seed, name=name, model=model).scheme
 
 
@@ -170,6 +105,7 @@ class Search:
         sens: Sensitivity,
         *,
         tx: optax.GradientTransformation | None = None,
+        beside: Any = None,
         remat: bool = True,
         progress: Progress | None = None,
         solver_options: Mapping[str, Any] | None = None,
@@ -185,6 +121,7 @@ class Search:
             data: a batch, or batches.
             sens: what each unit is worth.
             tx: the optimizer; Adam unless given.
+            beside: what is trained in any case.
             remat: whether blocks may be computed again.
             progress: called with what is being done, how much of it is done, and of how much.
             solver_options: options of the solver.
@@ -192,25 +129,14 @@ class Search:
             slack: a compiled step that leaves less than this fraction of its budget is good enough.
             **options: of `compile`.
         """
-        self._fun, self._params, self._batch = fun, params, _batch_of(data)
-        self._tx = optax.adam(1e-3) if tx is None else tx
-        self._sens, self._options = sens, options
-        self._units, self._values = sens.units, np.asarray(sens.mean, float)
-        if not self._units:
-            raise ValueError("there are no units to choose from")
-        self._remat = remat
+        tx = optax.adam(1e-3) if tx is None else tx
+        self._choices = Choices(fun, params, data, sens, tx, beside, options)
+        self._criterion, self._remat = sens.criterion, remat
         self._progress = progress or (lambda what, done, total: None)
         self._solver_options = dict(solver_options or {})
         self._rounds, self._slack = rounds, slack
-        self._costs = CostModel(fun, self._tx, params, *self._batch, **options)
-        self._predictions: dict[tuple[tuple[int, ...], Plan], Prediction] = {}
-        self._compiled: dict[tuple[tuple[int, ...], Plan], tuple[Step, dict[str, float]]] = {}
         self._surrogates: dict[tuple[str, ...], list[Surrogate]] = {}
-        self._levels = levels_of(self._units)
-        members: dict[str, list[int]] = {}
-        for u, unit in enumerate(self._units):
-            members.setdefault(unit.group, []).append(u)
-        self._groups = tuple(map(tuple, members.values()))
+        self._levels = levels_of(self._choices.units)
 
     def find(
         self,
@@ -274,17 +200,19 @@ class Search:
             linear = surrogate.features[quantity]
             least = linear.base + min(
                 linear.own[u] + linear.reach[: self._levels[u] + 1].sum()
-                for u in range(len(self._units))
+                for u in range(len(self._choices.units))
             )
             most = linear.base + linear.reach.sum() + sum(
-                max(linear.own[list(members)]) for members in self._groups
+                max(linear.own[list(members)]) for members in self._choices.groups
             )  # fmt: skip
             for number, limit in enumerate(np.geomspace(least, most, points)):
                 self._progress("drawing the curve", number + 1, points)
                 costs = (linear.cost(quantity, float(limit) * (1 + 1e-9)),)
-                solution = solve(Problem(self._values, self._groups, self._levels, costs))
-                cost = self._expected(solution.chosen, surrogate.plan, (quantity,))[quantity]
-                names = tuple(self._units[u].name for u in solution.chosen)
+                solution = solve(self._problem(costs))
+                cost = self._choices.expected(solution.chosen, surrogate.plan, (quantity,))[
+                    quantity
+                ]
+                names = tuple(self._choices.units[u].name for u in solution.chosen)
                 found.append(Point(cost, solution.objective, names, bool(surrogate.plan)))
         front: list[Point] = []
         for point in sorted(found, key=lambda p: (p.cost, -p.objective)):
@@ -292,114 +220,24 @@ class Search:
                 front.append(point)
         return front
 
-    # What things cost.
-
     def _limits(self, budget: Budget) -> dict[str, float]:
         relative = [name for name, limit in budget.limits.items() if limit.of_full]
-        full = {}
         if relative:
             self._progress("compiling full backpropagation", 0, 1)
-            full = self._measured(self._full_step, tuple(relative))
-        return budget.absolute(full)
-
-    @cached_property
-    def _full_step(self) -> Step:
-        return compile_step(self._fun, True, self._tx, self._params, *self._batch, **self._options)
-
-    @cached_property
-    def _inference_bytes(self) -> int:
-        """Memory of the forward pass alone."""
-        args = jax.tree.map(jax.typeof, (self._params, *self._batch))
-        return CompiledCost.of(jax.jit(self._fun).lower(*args).compile()).total_bytes
-
-    def _measured(self, step: Step, names: Iterable[str]) -> dict[str, float]:
-        """What a compiled step takes."""
-        found = {}
-        for name in names:
-            match name:
-                case "memory":
-                    found[name] = float(step.report.compiled.total_bytes)
-                case "extra_memory":
-                    memory = step.report.compiled.total_bytes
-                    found[name] = float(memory - self._inference_bytes)
-                case "latency":
-                    found[name] = step_seconds(step, self._params, self._batch)
-                case "flops":
-                    found[name] = float(step.report.flops)
-                case _:
-                    found[name] = float(step.report.optimizer_bytes)
-        return found
-
-    def _mask(self, chosen: Sequence[int]) -> PyTree:
-        return union(self._params, [self._units[u] for u in chosen])
-
-    def _predict(self, chosen: Sequence[int], plan: Plan) -> Prediction:
-        key = (tuple(chosen), plan)
-        if key not in self._predictions:
-            self._predictions[key] = self._costs.predict(self._mask(chosen), plan)
-        return self._predictions[key]
-
-    def _quantity(self, name: str, p: Prediction) -> float:
-        """A prediction as an amount; latency that is not calibrated is known up to a factor."""
-        match name:
-            case "memory":
-                return float(p.memory_bytes)
-            case "extra_memory":
-                return float(p.memory_bytes - self._inference_bytes)
-            case _:
-                return feature(name, p)
-
-    def _expected(
-        self, chosen: Sequence[int], plan: Plan, names: Iterable[str], *, hopeful: bool = False
-    ) -> dict[str, float]:
-        """What a choice is expected to take, corrected by what was compiled with such a plan.
-
-        Args:
-            chosen: positions of units.
-            plan: what is computed again.
-            names: of the quantities.
-            hopeful: correct by the most favourable error that was found instead of the nearest.
-        """
-        prediction = self._predict(chosen, plan)
-        key_of, found = (tuple(chosen), plan), {}
-        for name in names:
-            value = self._quantity(name, prediction)
-            pairs = [
-                (self._quantity(name, self._predict(*key)), costs[name])
-                for key, (_, costs) in self._compiled.items()
-                if bool(key[1]) == bool(plan) and name in costs
-            ]
-            if name == "latency" and not pairs and prediction.seconds is None:
-                continue  # known only up to a factor
-            is_time = name == "latency"
-
-            def error(pair: tuple[float, float], is_time: bool = is_time) -> float:
-                return pair[1] / pair[0] if is_time else pair[1] - pair[0]
-
-            def distance(pair: tuple[float, float], value: float = value) -> float:
-                return abs(pair[0] - value)
-
-            exact = key_of in self._compiled and name in self._compiled[key_of][1]
-            rank = error if hopeful and not exact else distance
-            near = min(pairs, key=rank, default=(value, value))
-            found[name] = value * near[1] / near[0] if is_time else value + near[1] - near[0]
-        return found
+        return budget.absolute(self._choices.full(relative) if relative else {})
 
     def _fitted(self, limits: Iterable[str]) -> list[Surrogate]:
         names = tuple(limits)
         if names not in self._surrogates:
             plans: list[Plan] = [()]
             if self._remat and {"memory", "extra_memory"} & set(names):
-                everything = _anything(self._params, self._units)
-                plan = self._costs.best_plan(everything)
+                plan = self._choices.best_plan()
                 plans += [plan] if plan else []
             self._surrogates[names] = fit(
-                self._units, self._predict, names, plans,
+                self._choices.units, self._choices.predict, names, plans,
                 lambda done, total: self._progress("predicting costs", done, total),
             )  # fmt: skip
         return self._surrogates[names]
-
-    # The loop.
 
     def _proposals(
         self,
@@ -450,7 +288,7 @@ class Search:
                 for name, linear in surrogate.features.items()
                 if np.isfinite(bounds[name])
             )
-            problem = Problem(self._values, self._groups, self._levels, costs, forbidden)
+            problem = self._problem(costs, forbidden)
             try:
                 solution = solve(problem)
             except InfeasibleError:
@@ -462,7 +300,7 @@ class Search:
             if solution.chosen in tried:
                 break
             tried.add(solution.chosen)
-            expected = self._expected(solution.chosen, plan, limits, hopeful=hopeful)
+            expected = self._choices.expected(solution.chosen, plan, limits, hopeful=hopeful)
             over = {k: v - limits[k] for k, v in expected.items()}
             features = {c.name: problem.cost(c, solution.chosen) for c in costs}
             for name, excess in over.items():
@@ -483,32 +321,22 @@ class Search:
         """The unit that comes nearest to the limits, alone."""
 
         def excess(u: int) -> tuple[float, int]:
-            expected = self._expected((u,), surrogate.plan, limits)
+            expected = self._choices.expected((u,), surrogate.plan, limits)
             return max((expected[k] / limits[k] for k in expected), default=0.0), u
 
-        return (min(range(len(self._units)), key=excess),)
+        return (min(range(len(self._choices.units)), key=excess),)
 
     def _attempt(self, solution: Solution, plan: Plan, limits: Mapping[str, float]) -> Attempt:
-        prediction = self._predict(solution.chosen, plan)
-        predicted = {
-            name: self._quantity(name, prediction)
-            for name in limits
-            if name != "latency" or prediction.seconds is not None
-        }
-        key = (solution.chosen, plan)
-        known = self._compiled.get(key)
-        if known is None or not set(limits) <= set(known[1]):
-            step = known[0] if known else compile_step(
-                self._fun, self._mask(solution.chosen), self._tx, self._params, *self._batch,
-                remat=plan, **self._options,
-            )  # fmt: skip
-            costs = known[1] if known else {}
-            missing = [name for name in limits if name not in costs]
-            self._compiled[key] = (step, costs | self._measured(step, missing))
-        step, costs = self._compiled[key]
-        compiled = {name: costs[name] for name in limits}
+        predicted = self._choices.predicted(solution.chosen, plan, limits)
+        step, compiled = self._choices.compiled(solution.chosen, plan, limits)
         keeps = all(compiled[name] <= limits[name] for name in limits)
         return Attempt(solution, plan, predicted, compiled, keeps, step)
+
+    def _problem(
+        self, costs: Iterable[Cost], forbidden: frozenset[frozenset[int]] = frozenset()
+    ) -> Problem:
+        choices = self._choices
+        return Problem(choices.values, choices.groups, self._levels, tuple(costs), forbidden)
 
     def _smallest(self, limits: Mapping[str, float], attempts: list[Attempt]) -> Attempt:
         """The cheapest choice, compiled.
@@ -516,7 +344,7 @@ class Search:
         Raises:
             BudgetError: even that exceeds the limits.
         """
-        problem = Problem(self._values, self._groups, self._levels, ())
+        problem = self._problem(())
         compiled = []
         for surrogate in self._fitted(limits):
             chosen = self._cheapest(surrogate, limits)
@@ -533,7 +361,7 @@ class Search:
             f"{name} {amount(name, nearest.compiled[name])} (asked for {amount(name, limit)})"
             for name, limit in limits.items()
         )
-        names = ", ".join(self._units[u].name for u in nearest.solution.chosen)
+        names = ", ".join(self._choices.units[u].name for u in nearest.solution.chosen)
         raise BudgetError(
             f"nothing keeps the budget; the smallest that can be kept is {needs}, which is what a "
             f"compiled step takes that trains '{names}' alone"
@@ -550,10 +378,10 @@ class Search:
         name: str,
         model: str,
     ) -> Found:
-        units = tuple(self._units[u] for u in best.solution.chosen)
-        mask = self._mask(best.solution.chosen)
+        units = tuple(self._choices.units[u] for u in best.solution.chosen)
+        mask = self._choices.mask(best.solution.chosen)
         notes: dict[str, Any] = {
-            "criterion": self._sens.criterion,
+            "criterion": self._criterion,
             "solver": solver,
             "seed": seed,
             "objective": best.solution.objective,
@@ -566,8 +394,8 @@ class Search:
         if best.plan:
             notes["remat"] = [list(span) for span in best.plan]
         scheme = Scheme.from_mask(
-            self._params, mask, name=name, model=model,
-            source=f"found by pockjax search, {solver} over {self._sens.criterion}",
+            self._choices.params, mask, name=name, model=model,
+            source=f"found by pockjax search, {solver} over {self._criterion}",
             budget=budget.as_dict(), predicted=best.predicted, notes=notes,
         )  # fmt: skip
         return Found(
@@ -579,17 +407,3 @@ class Search:
 def _solver(name: str, seed: int, options: Mapping[str, Any]) -> Callable[[Problem], Solution]:
     chosen = solver(name)
     return lambda problem: chosen(problem, seed=seed, **options)
-
-
-def _batch_of(data: Any) -> tuple[Any, ...]:
-    """The first batch of data that may be a batch itself."""
-    if isinstance(data, tuple) and not (data and isinstance(data[0], tuple)):
-        return tuple(data)
-    first = next(iter(data))
-    return tuple(first) if isinstance(first, tuple) else (first,)
-
-
-def _anything(params: PyTree, units: Sequence[Unit]) -> PyTree:
-    """The mask of all arrays that any unit trains something of."""
-    paths = {path for unit in units for path, _ in unit.entries}
-    return union(params, [replace(units[0], entries=tuple((path, True) for path in sorted(paths)))])

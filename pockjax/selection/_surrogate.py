@@ -110,18 +110,17 @@ def fit(
     for u in range(len(units)):
         alone.append(predict([u], ()))
         progress(len(alone), total)
-    # Shared by all units, such as a counter of steps: in one and in the other, but once in both.
-    shared = _shared_bytes(alone, predict)
+    # What every mask has, however little it trains: a counter of steps, or what is trained beside.
+    nothing = predict([], ())
 
     def own_bytes(name: str, p: Prediction) -> float:
-        common = shared if name in ("memory", "extra_memory", "optimizer") else 0
-        return max(0.0, _own_bytes(name, p) - common)
+        return max(0.0, _own_bytes(name, p) - _own_bytes(name, nothing))
 
     without = {
         name: np.array([feature(name, p) - own_bytes(name, p) for p in alone]) for name in names
     }
     cheapest = [
-        min(np.flatnonzero(levels == level), key=lambda u: (without[names[0]][u], u))
+        min(np.flatnonzero(levels == level).tolist(), key=lambda u: (without[names[0]][u], u))
         for level in range(n_levels)
     ]
     reached = {
@@ -154,16 +153,3 @@ def fit(
 
 def _linear(reached: np.ndarray, own: np.ndarray) -> Linear:
     return Linear(float(reached[0]), own, np.diff(reached, prepend=reached[0]))
-
-
-def _shared_bytes(alone: Sequence[Prediction], predict: Predict) -> int:
-    """Optimizer state that every mask has, however little it trains."""
-    if len(alone) < 2:
-        return 0
-    # Groups exclude units of their own; first and last are the least likely to share one.
-    try:
-        both = predict([0, len(alone) - 1], ())
-    except ValueError:
-        return 0
-    together = alone[0].optimizer_bytes + alone[-1].optimizer_bytes
-    return max(0, together - both.optimizer_bytes)

@@ -2,6 +2,7 @@
 
 import itertools
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,14 @@ from experiments import networks
 from pockjax.selection import BudgetError, Search, Sensitivity, Unit, units
 
 _TX = optax.adam(0.01)
-_OPTIONS = {"rewrites": "none"}
+_OPTIONS: dict[str, Any] = {"rewrites": "none"}
 
 
 def _sensitivity(found: tuple[Unit, ...], seed: int = 0) -> Sensitivity:
     generator = np.random.default_rng(seed)
     worth = {unit.group: generator.gamma(1.0) for unit in found}
     values = [
-        (1 + 0.2 * (unit.entries and len(unit.entries)) if unit.kind == "bias" else 1)
+        (1 + 0.2 * len(unit.entries) if unit.kind == "bias" else 1)
         * worth[unit.group] * unit.ratio**0.5
         for unit in found
     ]  # fmt: skip
@@ -84,7 +85,7 @@ def test_the_compiled_step_keeps_the_budget(quantity, percent):
 
 
 def _worth(search, chosen):
-    values = dict(zip(search._sens.units, search._sens.mean, strict=True))
+    values = dict(zip(search._choices.units, search._choices.values, strict=True))
     return sum(values[unit] for unit in chosen)
 
 
@@ -117,7 +118,7 @@ def test_the_best_of_all_choices_is_found_where_all_can_be_compiled():
     for pick in itertools.product(*([None, *group] for group in groups)):
         chosen = tuple(unit for unit in pick if unit is not None)
         if chosen:
-            mask = pj.selection.union(params, chosen)
+            mask = pj.union(params, chosen)
             step = pj.compile(loss, mask, _TX, params, x, **_OPTIONS)
             takes[chosen] = step.report.compiled.total_bytes
     sizes = sorted(takes.values())
@@ -132,7 +133,9 @@ def test_the_smallest_budget_is_named_and_can_be_kept():
         search.find(pj.Budget(optimizer="10B"))
     message = str(caught.value)
     assert "asked for 10 B" in message and "alone" in message
-    smallest = min(search._predict([u], ()).optimizer_bytes for u in range(len(search._units)))
+    smallest = min(
+        search._choices.predict([u], ()).optimizer_bytes for u in range(len(search._choices.units))
+    )
     found = search.find(pj.Budget(optimizer=smallest))
     assert found.scheme.notes["compiled"]["optimizer"] == smallest
     with pytest.raises(BudgetError, match="the smallest that can be kept is memory"):
@@ -142,7 +145,9 @@ def test_the_smallest_budget_is_named_and_can_be_kept():
 @pytest.mark.parametrize("solver", ["milp", "evolution", "greedy", "random"])
 def test_the_same_seed_gives_the_same_scheme(solver):
     loss, params, batch, sens = _mlp()
-    options = {"solver_options": {"evaluations": 8}} if solver in ("evolution", "random") else {}
+    options: dict[str, Any] = (
+        {"solver_options": {"evaluations": 8}} if solver in ("evolution", "random") else {}
+    )
 
     def found():
         return pj.search(
@@ -198,6 +203,20 @@ def test_the_curve_rises():
 def test_data_may_be_batches():
     loss, params, batch, sens = _mlp()
     budget = pj.Budget(optimizer="50%")
-    options = dict(budget=budget, tx=_TX, remat=False, **_OPTIONS)
+    options: dict[str, Any] = dict(budget=budget, tx=_TX, remat=False, **_OPTIONS)
     first = pj.search(loss, params, batch, sens, **options)
     assert str(first) == str(pj.search(loss, params, iter([batch, batch]), sens, **options))
+
+
+def test_what_is_trained_beside_is_in_every_choice():
+    loss, params, batch, sens = _mlp()
+    scheme = pj.search(
+        loss, params, batch, sens, budget=pj.Budget(optimizer="40%"), tx=_TX, remat=False,
+        beside=[("2/.*", "all")], **_OPTIONS,
+    )  # fmt: skip
+    mask = pj.mask(params, scheme)
+    assert mask[2] == {"kernel": True, "bias": True}
+    assert not any(name.startswith("2/kernel") for name in scheme.notes["units"])
+    step = pj.compile(loss, mask, _TX, params, *batch, **_OPTIONS)
+    assert step.report.optimizer_bytes == scheme.notes["compiled"]["optimizer"]
+    assert step.report.optimizer_bytes <= scheme.notes["limits"]["optimizer"]

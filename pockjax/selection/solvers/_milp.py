@@ -1,5 +1,7 @@
 """Exact choice, by mixed-integer linear programming."""
 
+from typing import Any
+
 import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -63,6 +65,8 @@ def _solved(
     for i, (coefficients, _, _) in enumerate(rows):
         for j, a in coefficients.items():
             matrix[i, j] = a
+    lower: Any = np.array([row[1] for row in rows])
+    upper: Any = np.array([row[2] for row in rows])
     worth = np.abs(problem.values).max() or 1.0
     result = milp(
         np.concatenate([-problem.values / worth, np.zeros(n_levels)]),
@@ -70,8 +74,8 @@ def _solved(
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(
             sparse.csr_array(matrix),
-            np.array([lower for _, lower, _ in rows]),
-            np.array([upper for _, _, upper in rows]),
+            lower,
+            upper,
         ),
         options={"time_limit": seconds, "mip_rel_gap": 0.0},
     )

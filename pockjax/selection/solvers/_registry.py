@@ -2,27 +2,12 @@
 
 import difflib
 from collections.abc import Callable
-from typing import Any, Protocol
 
-from pockjax.selection.solvers._problem import Problem, Solution
+from pockjax.selection.solvers._problem import Solution
 
-
-class Solver(Protocol):
-    """Chooses units."""
-
-    def __call__(self, problem: Problem, *, seed: int = 0, **options: Any) -> Solution:
-        """Solve a problem.
-
-        Args:
-            problem: what to choose from.
-            seed: for solvers that draw; the same seed gives the same choice.
-            **options: the solver's own.
-
-        Raises:
-            InfeasibleError: nothing at all fits.
-        """
-        ...
-
+# solve(problem, *, seed=0, **options of its own) -> Solution. The same seed gives the same choice;
+# where nothing at all fits it raises InfeasibleError.
+type Solver = Callable[..., Solution]
 
 _SOLVERS: dict[str, Solver] = {}
 
