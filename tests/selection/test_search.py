@@ -55,7 +55,7 @@ def _transformer():
 @cache
 def _search(network: str, remat: bool = False) -> Search:
     loss, params, batch, sens = {"mlp": _mlp, "transformer": _transformer}[network]()
-    return Search(loss, params, batch, sens, tx=_TX, remat=remat, **_OPTIONS)
+    return Search(loss, params, batch, sens, tx=_TX, remat=remat, rounds=4, **_OPTIONS)
 
 
 def _recompiled(network: str, scheme: pj.Scheme) -> pj.Step:
@@ -142,7 +142,7 @@ def test_the_smallest_budget_is_named_and_can_be_kept():
         search.find(pj.Budget(memory="2KiB"))
 
 
-@pytest.mark.parametrize("solver", ["milp", "evolution", "greedy", "random"])
+@pytest.mark.parametrize("solver", ["milp", "evolution"])
 def test_the_same_seed_gives_the_same_scheme(solver):
     loss, params, batch, sens = _mlp()
     options: dict[str, Any] = (
@@ -151,7 +151,7 @@ def test_the_same_seed_gives_the_same_scheme(solver):
 
     def found():
         return pj.search(
-            loss, params, batch, sens, budget=pj.Budget(memory="80%"), solver=solver, tx=_TX,
+            loss, params, batch, sens, budget=pj.Budget(optimizer="50%"), solver=solver, tx=_TX,
             seed=5, remat=False, **options, **_OPTIONS,
         )  # fmt: skip
 
