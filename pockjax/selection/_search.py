@@ -146,6 +146,7 @@ class Search:
         seed: int = 0,
         name: str = "",
         model: str = "",
+        solver_options: Mapping[str, Any] | None = None,
     ) -> Found:
         """The best choice whose compiled step keeps a budget.
 
@@ -155,19 +156,22 @@ class Search:
             seed: for solvers that draw.
             name: what the scheme is called.
             model: the model whose parameters it is for.
+            solver_options: options of the solver; default those given before.
 
         Raises:
             BudgetError: nothing keeps the budget; the message has the smallest that can be kept.
         """
         limits = self._limits(budget)
+        options = self._solver_options if solver_options is None else solver_options
+        solve = _solver(solver, seed, options)
         attempts: list[Attempt] = []
         best: Attempt | None = None
         for number in range(self._rounds):
             self._progress("compiling the best choices", number, self._rounds)
             worth = -np.inf if best is None else best.solution.objective
-            proposals = self._proposals(limits, attempts, solver, seed, worth, hopeful=False)
+            proposals = self._proposals(limits, attempts, solve, worth, hopeful=False)
             if not proposals:
-                proposals = self._proposals(limits, attempts, solver, seed, worth, hopeful=True)
+                proposals = self._proposals(limits, attempts, solve, worth, hopeful=True)
             if not proposals:
                 break
             # Of equals the one that computes nothing again, which comes first.
@@ -243,14 +247,12 @@ class Search:
         self,
         limits: Mapping[str, float],
         attempts: Sequence[Attempt],
-        solver: str,
-        seed: int,
+        solve: Callable[[Problem], Solution],
         worth: float,
         *,
         hopeful: bool,
     ) -> list[tuple[Solution, Plan]]:
         """The best choice of each plan, if it is worth more than ``worth`` and was not compiled."""
-        solve = _solver(solver, seed, self._solver_options)
         found = []
         for surrogate in self._fitted(limits):
             plan = surrogate.plan
