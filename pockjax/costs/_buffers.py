@@ -41,6 +41,7 @@ _INDEXED = frozenset(
     slice split stack transpose
     """.split()
 )
+_MOST_USERS = 3  # for which a function is computed anew
 _INLINED = frozenset("jit remat2 checkpoint custom_jvp_call custom_vjp_call closed_call".split())
 
 
@@ -54,6 +55,7 @@ class Value:
         op: what makes it; None for arguments and constants.
         users: what reads it.
         held: whether it is there anyway: an argument, or written over one.
+        written: whether it is ever in memory.
     """
 
     bytes: int
@@ -75,6 +77,8 @@ class Op:
         reads: its operands.
         makes: its results.
         inner_bytes: of arrays that live while it runs.
+        literals: numbers among its operands.
+        reduced: the reduction that takes it in, if one does.
     """
 
     name: str
@@ -82,6 +86,8 @@ class Op:
     reads: list[Value]
     makes: list[Value]
     inner_bytes: int = 0
+    literals: tuple[Any, ...] = ()
+    reduced: "Op | None" = None
 
     @property
     def is_elementwise(self) -> bool:
@@ -106,6 +112,7 @@ class Program:
                 arguments have.
         """
         self.ops: list[Op] = []
+        self._known: dict[Op, tuple[Value, ...]] = {}
         self.arguments = [self._argument(v) for v in jaxpr.invars]
         outs = self._follow(jaxpr, self.arguments)
         results = [v for v in outs if v is not None]
@@ -125,10 +132,11 @@ class Program:
         def read(atom: Any) -> Value | None:
             return None if isinstance(atom, Literal) else env[atom]
 
+        turned = _read_by_products(jaxpr)
         for eqn in jaxpr.eqns:
             ins = [read(atom) for atom in eqn.invars]
             name = eqn.primitive.name
-            if name in _VIEWS or (name == "convert_element_type" and _same_type(eqn)):
+            if _is_view(eqn, ins) or (name == "transpose" and eqn.outvars[0] in turned):
                 env[eqn.outvars[0]] = ins[0]
                 continue
             if name in _INLINED and (inner := subjaxprs(eqn)):
@@ -149,6 +157,8 @@ class Program:
                 out.held = value.held
                 self._add("passed", "passed", [value], [out])
             return
+        if name.startswith("scatter") and known[0].op is not None and not known[0].op.reads:
+            known = known[1:]  # a constant is written where the result will be
         if name == "dot_general":
             known = [self._copied(v, p) for v, p in zip(ins, _dot_copies(eqn), strict=True) if v]
         elif name == "conv_general_dilated":
@@ -176,6 +186,9 @@ class Program:
 
             inner = max(peak_bytes(body, results_held=name != "scan") for body in bodies)
         self._add(name, kind, known, outs, inner)
+        if name in _ELEMENTWISE and outs[0].shape:
+            scalars = [a for a in eqn.invars if isinstance(a, Literal)]
+            self.ops[-1].literals = tuple(float(a.val) for a in scalars)
 
     def _loop(self, name: str, reads: list[Value], shape: tuple[int, ...], itemsize: int) -> Value:
         out = Value(itemsize * math.prod(shape), shape)
@@ -201,13 +214,27 @@ class Program:
         self.ops.append(op)
 
     def _decide(self) -> None:
+        constants: dict[Any, Value] = {}
         for op in reversed(self.ops):
+            by = {u if u.kind == "reduce" else u.reduced for v in op.makes for u in v.users}
+            if op.kind == "loop" or op.name == "dot_general":
+                op.reduced = by.pop() if len(by) == 1 else None
             for value in op.makes:
-                value.written = op.kind != "loop" or _is_written(op, value)
+                value.written = op.reduced is None and (op.kind != "loop" or _is_written(op, value))
+            # A reduction takes in functions, but no constants that they are applied to.
+            for literal in op.literals if op.reduced is not None else ():
+                [value] = op.makes
+                key = (literal, value.shape, value.bytes)
+                if key not in constants:
+                    constants[key] = Value(value.bytes, value.shape, written=True)
+                op.reduced.reads.append(constants[key])
+        for value in constants.values():
+            value.op = Op("constant", "loop", [], [value])
+            self.ops.insert(0, value.op)
 
     def sources(self, op: Op) -> list[Value]:
         """The written arrays that an operation reads, itself or through what is fused into it."""
-        fuses = op.kind in ("loop", "reduce")
+        fuses = op.kind in ("loop", "reduce") or op.reduced is not None
         found: dict[Value, None] = {}
         for value in op.reads:
             if fuses and _fused(value, op):
@@ -218,41 +245,86 @@ class Program:
         return list(found)
 
     def _sources_of(self, op: Op) -> tuple[Value, ...]:
-        cached = self.__dict__.setdefault("_cache", {})
-        if op not in cached:
-            cached[op] = tuple(self.sources(op))
-        return cached[op]
+        if op not in self._known:
+            self._known[op] = tuple(self.sources(op))
+        return self._known[op]
 
 
 def _fused(value: Value, reader: Op) -> bool:
     """Whether a reader computes a value itself."""
-    if value.op is None or value.op.kind != "loop":
+    if value.op is None:
         return False
     if not value.written:
         return True
+    if value.op.kind != "loop":
+        return False
     # What is written for somebody else is still computed anew by those it can be fused into.
-    return reader.kind == "loop" and value.op.name not in _EXPENSIVE and _is_unary(value.op, value)
+    again = value.op.name not in _EXPENSIVE and len(value.users) <= _MOST_USERS
+    loop = reader.kind == "loop" and reader.reduced is None
+    return loop and again and _is_unary(value.op, value)
 
 
 def _is_written(op: Op, value: Value) -> bool:
     users = value.users
     if any(u.kind in ("whole", "barrier", "result", "passed") for u in users):
         return True
-    if any(u.kind == "reduce" for u in users) and len(users) > 1:
+    if any(u.kind == "reduce" or u.reduced for u in users) and len(users) > 1:
+        return op.name != "broadcast_in_dim"
+    if op.name not in ("broadcast_in_dim", "iota") and len(users) > _MOST_USERS:
         return True
     return op.name in _EXPENSIVE and len(users) > 1
 
 
 def _is_unary(op: Op, value: Value) -> bool:
     """Whether computing it anew reads no more than one array of its size, or no more bytes."""
+    size = math.prod(value.shape)
+    spread = [v.op is not None and v.op.name in ("broadcast_in_dim", "iota") for v in op.reads]
     large = [
-        v for v in op.reads if not (v.op is not None and v.op.name in ("broadcast_in_dim", "iota"))
+        v
+        for v, small in zip(op.reads, spread, strict=True)
+        if not small and math.prod(v.shape) >= size
     ]
-    return len(large) <= 1 or sum(math.prod(v.shape) for v in op.reads) <= math.prod(value.shape)
+    return len(large) <= 1 or sum(math.prod(v.shape) for v in op.reads) <= size
 
 
-def _same_type(eqn: JaxprEqn) -> bool:
-    return getattr(eqn.invars[0].aval, "dtype", None) == eqn.outvars[0].aval.dtype
+def _read_by_products(jaxpr: Jaxpr) -> set[Var]:
+    """Matrices that nothing but products read, which take them either way round."""
+    found: set[Var] = set()
+    others = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    for eqn in jaxpr.eqns:
+        product = eqn.primitive.name == "dot_general"
+        for atom in eqn.invars:
+            if isinstance(atom, Var):
+                (found if product and len(shape_of(atom)) == 2 else others).add(atom)
+    return found - others
+
+
+def _is_view(eqn: JaxprEqn, ins: Sequence[Value | None]) -> bool:
+    """Whether the result is the operand's memory read in another shape."""
+    name = eqn.primitive.name
+    if name in _VIEWS:
+        return True
+    if name not in _MAYBE_VIEWS or not ins or ins[0] is None:
+        return False
+    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+    match name:
+        case "convert_element_type":
+            return eqn.invars[0].aval.dtype == eqn.outvars[0].aval.dtype
+        case "rev":
+            return all(before[axis] == 1 for axis in eqn.params["dimensions"])
+        case "transpose":
+            made_by = ins[0].op
+            flat = len(before) == 2 and made_by is not None and made_by.name == "dot_general"
+            return flat or _in_order(eqn.params["permutation"], before)
+        case "broadcast_in_dim":
+            return math.prod(before) == math.prod(after)
+    return before == after and len(ins) - ins.count(None) == 1
+
+
+_MAYBE_VIEWS = frozenset(
+    "convert_element_type rev transpose broadcast_in_dim slice pad dynamic_slice concatenate "
+    "reduce_sum reduce_max".split()
+)
 
 
 def _in_order(axes: Iterable[int], shape: Sequence[int]) -> bool:
@@ -272,7 +344,9 @@ def _dot_copies(eqn: JaxprEqn) -> tuple[bool, bool]:
         inner = (*free, *contract) if side == 0 else (*contract, *free)
         if not _in_order((*batch, *inner), shape):
             # One contracted and one free axis may stand either way round.
-            one = sum(shape[a] != 1 for a in contract) <= 1 and sum(shape[a] != 1 for a in free) <= 1
+            one = (
+                sum(shape[a] != 1 for a in contract) <= 1 and sum(shape[a] != 1 for a in free) <= 1
+            )
             swapped = (*contract, *free) if side == 0 else (*free, *contract)
             found.append(not (one and _in_order((*batch, *swapped), shape)))
         else:

@@ -1,75 +1,115 @@
-"""The most bytes that are live at once, in the order in which XLA's programs run."""
+"""The memory of a program's arrays: in which order XLA computes them, and where it puts each."""
 
 from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
 
 from pockjax._compat import Jaxpr
 from pockjax.costs._buffers import Op, Program, Value
 
 _ALIGNMENT = 64
+_IN_PLACE = ("dynamic_update_slice", "scan", "scatter-add", "scatter")
+
+
+@dataclass
+class Interval:
+    """Memory of an array, or of several that are written over each other.
+
+    Attributes:
+        bytes: its size.
+        start: position of the operation that writes it.
+        end: position of the last operation that reads it.
+    """
+
+    bytes: int
+    start: int
+    end: int
 
 
 def peak_bytes(jaxpr: Jaxpr, results_held: bool = True) -> int:
-    """Bytes of the arrays between arguments and results when they are most.
+    """Bytes of the arrays between arguments and results.
 
     Args:
         jaxpr: of the whole program.
         results_held: whether the results have memory of their own.
     """
     program = Program(jaxpr, results_held)
+    found = intervals(program)
+    return packed_bytes(found)
+
+
+def intervals(program: Program) -> list[Interval]:
+    """When the memory of each array is in use."""
     order = breadth_first(program)
-    # A value that passes a barrier, or is written over an operand, is in its operand's memory.
-    place: dict[Value, Value] = {}
-
-    def home(value: Value) -> Value:
-        while value in place:
-            value = place[value]
-        return value
-
+    home: dict[Value, Interval] = {}
+    found: list[Interval] = []
     last: dict[Value, int] = {}
     for i, (op, _) in enumerate(order):
-        if op.kind == "passed":
-            place[op.makes[0]] = op.reads[0]
         for value in program.sources(op):
-            last[home(value)] = i
-    live = peak = 0
-    born: set[Value] = set()
-    until: dict[int, list[Value]] = {}
+            last[value] = i
+    # What passes a barrier is the same array.
+    for op, _ in reversed(order):
+        if op.kind == "passed":
+            [made], [read] = op.makes, op.reads
+            last[read] = max(last[read], last.get(made, 0))
     for i, (op, makes) in enumerate(order):
-        for value in () if op.kind == "passed" else makes:
+        sources = program.sources(op)
+        for value in makes:
             if value.held:
                 continue
-            host = _overwritten(program, op, value, i, last, home, born)
-            if host is not None:
-                place[value] = host
-                last[host] = max(last[host], last.get(value, i))
-                until.setdefault(last[host], []).append(host)
+            if op.kind == "passed":
+                if op.reads[0] in home:
+                    home[value] = home[op.reads[0]]
                 continue
-            born.add(value)
-            live += _aligned(value.bytes)
-            until.setdefault(last.get(value, i), []).append(value)
-        peak = max(peak, live + op.inner_bytes)
-        for value in until.pop(i, []):
-            if value in born and last.get(value, i) <= i:
-                born.discard(value)
-                live -= _aligned(value.bytes)
-    return peak
+            host = _overwritten(op, value, sources, i, home)
+            if host is None:
+                host = Interval(value.bytes, i, i)
+                found.append(host)
+            host.end = max(host.end, last.get(value, i))
+            home[value] = host
+        if op.inner_bytes:
+            found.append(Interval(op.inner_bytes, i, i))
+    return found
 
 
-def _overwritten(program, op: Op, value: Value, now: int, last, home, born):  # noqa: ANN001
+def _overwritten(
+    op: Op, value: Value, sources: list[Value], now: int, home: dict[Value, Interval]
+) -> Interval | None:
     """An operand that is read here for the last time and whose memory the result can have."""
-    if op.kind == "loop" and not op.is_elementwise and op.name != "dynamic_update_slice":
+    if not (op.is_elementwise or op.name in _IN_PLACE):
         return None
-    if op.kind != "loop" and not op.name.startswith("scatter") and op.name != "scan":
-        return None
-    for source in map(home, program.sources(op)):
-        same = source.bytes == value.bytes and source.shape == value.shape
-        if same and source in born and last[source] == now:
-            return source
+    for source in sources:
+        host = home.get(source)
+        if host and host.bytes == value.bytes and host.end <= now and source.shape == value.shape:
+            return host
     return None
 
 
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+def packed_bytes(found: list[Interval]) -> int:
+    """The memory that intervals take when the largest is placed first, each where it fits best."""
+    if not found:
+        return 0
+    by_size = sorted(found, key=lambda x: (-x.bytes, x.start - x.end, x.start))
+    by_time = sorted(found, key=lambda x: (x.start - x.end, -x.bytes, x.start))
+    return min(_packed(by_size), _packed(by_time))
+
+
+def _packed(order: list[Interval]) -> int:
+    n = len(order)
+    start, end = np.array([x.start for x in order]), np.array([x.end for x in order])
+    size = np.array([-(-x.bytes // _ALIGNMENT) * _ALIGNMENT for x in order])
+    offset = np.zeros(n, np.int64)
+    for i in range(n):
+        beside = np.flatnonzero((start[:i] <= end[i]) & (start[i] <= end[:i]))
+        if len(beside):
+            beside = beside[np.argsort(offset[beside], kind="stable")]
+            tops = np.maximum.accumulate(offset[beside] + size[beside])
+            below = np.concatenate([[0], tops])
+            gaps = offset[beside] - below[:-1]
+            fits = np.flatnonzero(gaps >= size[i])
+            offset[i] = below[fits[np.argmin(gaps[fits])]] if len(fits) else tops[-1]
+    return int((offset + size).max())
 
 
 def breadth_first(program: Program) -> list[tuple[Op, list[Value]]]:
@@ -79,26 +119,26 @@ def breadth_first(program: Program) -> list[tuple[Op, list[Value]]]:
         for op in program.ops
         if (written := [v for v in op.makes if v.written]) or op.kind in ("barrier", "result")
     ]
-    maker = {v: i for i, (_, written) in enumerate(nodes) for v in written}
-    for i, (op, _) in enumerate(nodes):
-        if op.kind == "barrier":
-            barrier = i
-            continue
-        if op.kind == "passed":
-            pass
     waiting: list[int] = []
     readers: dict[object, list[int]] = {}
     barrier: int | None = None
-    for i, (op, _) in enumerate(nodes):
-        needs: set[object] = set(program.sources(op))
+    made: set[Value] = set()
+    for i, (op, written) in enumerate(nodes):
+        needs: list[object] = list(program.sources(op))
         if op.kind == "passed":
-            needs.add(barrier)
+            needs.append(barrier)
         waiting.append(len(needs))
         for need in needs:
             readers.setdefault(need, []).append(i)
+        made.update(written)
         if op.kind == "barrier":
             barrier = i
-    ready: deque[int] = deque()
+    for need, users in readers.items():
+        if isinstance(need, Value):
+            loops = [i for i in users if nodes[i][0].kind == "loop"]
+            others = [i for i in users if nodes[i][0].kind != "loop"]
+            readers[need] = [*others, *reversed(loops)]  # in the order of XLA's lists of users
+    ready = deque(i for i, n in enumerate(waiting) if n == 0)
 
     def arrived(what: object) -> None:
         for reader in readers.get(what, ()):
@@ -106,10 +146,8 @@ def breadth_first(program: Program) -> list[tuple[Op, list[Value]]]:
             if waiting[reader] == 0:
                 ready.append(reader)
 
-    first = [i for i, n in enumerate(waiting) if n == 0]
-    for value in dict.fromkeys(v for need in list(readers) if isinstance(need, Value) and need not in maker for v in [need]):
+    for value in [v for v in readers if isinstance(v, Value) and v not in made]:
         arrived(value)
-    ready.extend(i for i in first if i not in ready)
     order: list[tuple[Op, list[Value]]] = []
     while ready:
         i = ready.popleft()
