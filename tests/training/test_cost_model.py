@@ -1,0 +1,98 @@
+"""What a mask costs, predicted without compiling it, against what is compiled."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import pockjax as pj
+from pockjax.costs import CompiledCost
+from pockjax.training import CostModel
+
+LAYERS, WIDTH = 5, 128
+TX = optax.adam(1e-3)
+
+
+def params() -> list[Any]:
+    keys = jax.random.split(jax.random.key(0), LAYERS)
+    return [{"w": jax.random.normal(k, (WIDTH, WIDTH)) / 12, "b": jnp.zeros(WIDTH)} for k in keys]
+
+
+def loss(params: Any, x: jax.Array) -> jax.Array:
+    for layer in params:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return jnp.sum(x)
+
+
+def random_mask(seed: int) -> list[Any]:
+    generator = np.random.default_rng(seed)
+    choices = (True, pj.part[: WIDTH // 4], pj.part[:, : WIDTH // 2], False)
+    lowest = int(generator.integers(LAYERS))
+    mask = [
+        {
+            "w": choices[generator.integers(4)] if i > lowest else False,
+            "b": bool(generator.random() < 0.5) if i > lowest else False,
+        }
+        for i in range(LAYERS)
+    ]
+    mask[lowest]["b"] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def model() -> CostModel:
+    return CostModel(loss, TX, params(), jnp.ones((256, WIDTH)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_prediction_is_near_the_compiled_step(model: CostModel, seed: int) -> None:
+    mask = random_mask(seed)
+    predicted = model.predict(mask)
+    compiled = pj.compile(loss, mask, TX, params(), jnp.ones((256, WIDTH)))
+    cost = CompiledCost.of(compiled.compiled)
+    assert predicted.argument_bytes == cost.argument_bytes
+    assert predicted.memory_bytes == pytest.approx(cost.total_bytes, rel=0.1)
+
+
+def test_training_more_is_never_cheaper_in_arrays(model: CostModel) -> None:
+    before = None
+    for i in reversed(range(LAYERS)):
+        found = model.predict([{"w": j >= i, "b": j >= i} for j in range(LAYERS)])
+        if before is not None:
+            assert found.gradient_bytes > before.gradient_bytes
+            assert found.optimizer_bytes > before.optimizer_bytes
+            assert found.residual_bytes >= before.residual_bytes
+            assert found.flops > before.flops
+        before = found
+
+
+def test_calibration_predicts_seconds(model: CostModel) -> None:
+    own = CostModel(loss, TX, params(), jnp.ones((256, WIDTH)))
+    assert own.predict(True).seconds is None
+    last = [i == LAYERS - 1 for i in range(LAYERS)]
+    own.calibrate([last, True], repeats=2)
+    cheap, dear = own.predict(last).seconds, own.predict(True).seconds
+    assert cheap is not None and dear is not None and 0 < cheap < dear
+    assert own.probes[1].compiled.total_bytes > own.probes[0].compiled.total_bytes
+
+
+def test_sums_of_units_are_near_their_union(model: CostModel) -> None:
+    units = [[{"w": j == i, "b": False} for j in range(LAYERS)] for i in range(LAYERS)]
+    units += [[{"w": False, "b": j == i} for j in range(LAYERS)] for i in range(LAYERS)]
+    depths = [*range(LAYERS), *range(LAYERS)]
+    costs = model.separable(units, depths)
+    for seed in range(8):
+        generator = np.random.default_rng(seed)
+        chosen = sorted(generator.choice(len(units), 4, replace=False).tolist())
+        mask = [
+            {"w": i in chosen, "b": i + LAYERS in chosen} for i in range(LAYERS)
+        ]
+        union = model.predict(mask)
+        assert costs.cost(chosen, "optimizer_bytes") == pytest.approx(
+            union.optimizer_bytes, abs=4 * len(chosen)
+        )
+        assert costs.cost(chosen, "flops") == pytest.approx(union.flops, rel=0.05)
+        assert costs.cost(chosen, "memory_bytes") == pytest.approx(union.memory_bytes, rel=0.25)
