@@ -87,9 +87,7 @@ def test_sums_of_units_are_near_their_union(model: CostModel) -> None:
     for seed in range(8):
         generator = np.random.default_rng(seed)
         chosen = sorted(generator.choice(len(units), 4, replace=False).tolist())
-        mask = [
-            {"w": i in chosen, "b": i + LAYERS in chosen} for i in range(LAYERS)
-        ]
+        mask = [{"w": i in chosen, "b": i + LAYERS in chosen} for i in range(LAYERS)]
         union = model.predict(mask)
         assert costs.cost(chosen, "optimizer_bytes") == pytest.approx(
             union.optimizer_bytes, abs=4 * len(chosen)
