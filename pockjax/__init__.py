@@ -25,8 +25,10 @@ from pockjax.prefix import FeatureCache as FeatureCache
 from pockjax.prefix import Features as Features
 from pockjax.prefix import split as split
 from pockjax.rewrites import rewrite as rewrite
+from pockjax.selection import Budget as Budget
 from pockjax.selection import Sensitivity as Sensitivity
 from pockjax.selection import Unit as Unit
+from pockjax.selection import search as search
 from pockjax.selection import sensitivity as sensitivity
 from pockjax.selection import union as union
 from pockjax.selection import units as units

@@ -1,6 +1,7 @@
 """The commands of `pockjax`, as `tyro` reads them; needs the extra `cli`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -82,13 +83,36 @@ class Models:
         self.command.run()
 
 
+@dataclass(frozen=True)
+class SearchScheme:
+    """Find what to train of a model: measure sensitivities, search under a budget, write a scheme.
+
+    Attributes:
+        config: A YAML file; configs/search has some.
+        out: Folder for the results; that of the file unless given.
+    """
+
+    config: tyro.conf.Positional[Path]
+    out: Path | None = None
+
+    def run(self) -> None:
+        """Search, and print where the results are."""
+        from pockjax._search_command import SearchConfig, run
+
+        config = SearchConfig.load(self.config)
+        config = config if self.out is None else replace(config, out=self.out)
+        for path in run(config, Console(stderr=True)):
+            print(path)
+
+
 type Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Models, tyro.conf.subcommand("models")]
+    | Annotated[SearchScheme, tyro.conf.subcommand("search")]
 )
 
 
-def parse(arguments: list[str]) -> Demo | Models:
+def parse(arguments: list[str]) -> Demo | Models | SearchScheme:
     """The command that the words after `pockjax` ask for.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The command line: `pockjax demo`, `pockjax models`, `pockjax --version`. No logic of its own."""
+"""The command line: `pockjax demo`, `models`, `search`, `--version`. No logic of its own."""
 
 import sys
 from collections.abc import Sequence

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,14 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_quick_start(capsys):
-    [program] = _blocks("python")
-    names: dict[str, object] = {}
+    program, search = _blocks("python")
+    names: dict[str, Any] = {}
     exec(compile(program, "README.md", "exec"), names)
     loss = float(capsys.readouterr().out.split()[0])
     assert loss < 0.5
+    exec(compile(search, "README.md", "exec"), names)
+    compiled = names["scheme"].notes["compiled"]
+    assert 0 < compiled["optimizer"] <= 1024
 
 
 def test_scheme_example():

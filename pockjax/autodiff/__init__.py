@@ -6,6 +6,7 @@ from pockjax.autodiff._jaxprs import inlined as inlined
 from pockjax.autodiff._jaxprs import size_in_bytes as size_in_bytes
 from pockjax.autodiff._jaxprs import spliced as spliced
 from pockjax.autodiff._jaxprs import tidied as tidied
+from pockjax.autodiff._remat import Plan as Plan
 from pockjax.autodiff._residuals import Split as Split
 from pockjax.autodiff._residuals import cheapest_cut as cheapest_cut
 from pockjax.autodiff._trace import Arrays as Arrays

@@ -16,30 +16,10 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-from pockjax._compat import Jaxpr, JaxprEqn, Var, subjaxprs
+from pockjax._compat import Jaxpr, JaxprEqn, Var
+from pockjax.autodiff._cheap import is_cheap
 from pockjax.autodiff._jaxprs import size_in_bytes, tidied
-
-# Elementwise functions and views: computing them costs about as much as reading their operands.
-_CHEAP = frozenset(
-    """
-    abs add add_any and asin atan atan2 broadcast_in_dim cbrt ceil clamp concatenate
-    convert_element_type copy copy_p cos div dynamic_slice empty2 eq erf erf_inv erfc exp exp2
-    expand_dims expm1 floor full gather ge gt imag integer_pow iota is_finite le log log1p logistic
-    lt max min mul name ne neg nextafter not one_minus_square or pad polynomial pow real
-    reduce_precision rem reshape rev round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh slice split sqrt square squeeze stack stop_gradient sub tan
-    tanh transpose xor
-    """.split()
-)
-
-
-def is_cheap(eqn: JaxprEqn) -> bool:
-    """Whether computing an equation again costs no more than reading its operands."""
-    if eqn.effects:
-        return False
-    if eqn.primitive.name in ("custom_jvp_call", "jit"):
-        return all(is_cheap(inner) for jaxpr in subjaxprs(eqn) for inner in jaxpr.eqns)
-    return eqn.primitive.name in _CHEAP
+from pockjax.autodiff._remat import Recomputable, interleaved
 
 
 @dataclass(frozen=True)
@@ -51,7 +31,10 @@ class Cut:
 
 
 def cheapest_cut(
-    eqns: Sequence[JaxprEqn], required: Iterable[Var], cost: Callable[[Var], int]
+    eqns: Sequence[JaxprEqn],
+    required: Iterable[Var],
+    cost: Callable[[Var], int],
+    again: Callable[[JaxprEqn], bool] = is_cheap,
 ) -> Cut:
     """Chooses which values to keep so that ``required`` can be had again, at the least cost.
 
@@ -59,8 +42,9 @@ def cheapest_cut(
         eqns: the equations that computed them.
         required: values that are read later.
         cost: what keeping a value costs; 0 if it is there anyway.
+        again: whether an equation may be computed again.
     """
-    makers = {v: eqn for eqn in eqns if is_cheap(eqn) for v in eqn.outvars}
+    makers = {v: eqn for eqn in eqns if again(eqn) for v in eqn.outvars}
     order: dict[Var, int] = {}
     pending = list(dict.fromkeys(required))
     needed = set(pending)
@@ -93,8 +77,8 @@ def cheapest_cut(
                     edges[2 * order[atom] + 1, 2 * i] = unlimited
     after = _sink_side(edges, source, sink)
     kept = [v for v, i in order.items() if 2 * i + 1 in after and 2 * i not in after]
-    again = {v for v, i in order.items() if 2 * i in after}
-    recomputed = [eqn for eqn in eqns if any(v in again for v in eqn.outvars)]
+    lost = {v for v, i in order.items() if 2 * i in after}
+    recomputed = [eqn for eqn in eqns if any(v in lost for v in eqn.outvars)]
     return Cut(kept, recomputed)
 
 
@@ -150,11 +134,18 @@ def split_passes(jaxpr: Jaxpr, n_forward_in: int, n_forward_out: int, n_free: in
     reads = [a for eqn in after for a in eqn.invars] + list(grads)
     required = [a for a in reads if isinstance(a, Var) and a not in late]
     free = set(inputs[:n_free])
-    cut = cheapest_cut(before, required, lambda v: 0 if v in free else size_in_bytes(v.aval))
+    again = Recomputable.of(before).eqns
+    cut = cheapest_cut(
+        before,
+        required,
+        lambda v: 0 if v in free else size_in_bytes(v.aval),
+        lambda eqn: id(eqn) in again,
+    )
 
     kept_inputs = [i for i, v in enumerate(inputs) if v in set(cut.kept)]
     known = {*inputs, *jaxpr.constvars}
     kept = [v for v in cut.kept if v not in known]
+    eqns, outs = interleaved(cut.recomputed, after, {*cut.kept} - free, late, grads)
     debug = jaxpr.debug_info.with_unknown_names()
     forward = jaxpr.replace(
         invars=inputs,
@@ -164,8 +155,8 @@ def split_passes(jaxpr: Jaxpr, n_forward_in: int, n_forward_out: int, n_free: in
     )
     backward = jaxpr.replace(
         invars=[*(inputs[i] for i in kept_inputs), *kept, *seeds],
-        outvars=grads,
-        eqns=[*cut.recomputed, *after],
+        outvars=outs,
+        eqns=eqns,
         debug_info=debug,
     )
     return Split(tidied(forward), tidied(backward), kept_inputs)

@@ -6,7 +6,7 @@ code (`_residuals`) chooses them inside the loop: the backward loop computes che
 fewer kept ones, and reads stacked weights where they stand instead of from a second copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from pockjax._compat import (
     scan_arity,
     shape_of,
 )
+from pockjax.autodiff._cheap import is_cheap
 from pockjax.autodiff._jaxprs import Atom, inlined, renamed, size_in_bytes, spliced, tidied
 from pockjax.autodiff._residuals import cheapest_cut
 
@@ -62,11 +63,12 @@ class _Loop:
         return invars[:a], invars[a:b], invars[b:]
 
 
-def thin_scans(jaxpr: Jaxpr) -> Jaxpr:
+def thin_scans(jaxpr: Jaxpr, again: Set[int] = frozenset()) -> Jaxpr:
     """Replaces each pair of a forward and a backward scan by one that keeps fewer bytes.
 
     Args:
         jaxpr: a joint jaxpr of value and gradient, with its jits inlined.
+        again: ids of the scans that may be computed again wholly, one iteration at a time.
 
     Returns:
         The same function; as it was where nothing is gained.
@@ -74,13 +76,14 @@ def thin_scans(jaxpr: Jaxpr) -> Jaxpr:
     # One slot an equation, so that positions stay while a slot's equations are replaced.
     slots = [[eqn] for eqn in jaxpr.eqns]
     scans = [i for i, eqn in enumerate(jaxpr.eqns) if _is_local_scan(eqn)]
+    wholly = {i for i in scans if id(jaxpr.eqns[i]) in again}
     outvars = list(jaxpr.outvars)
     free = {*jaxpr.invars, *jaxpr.constvars}
     for i, later in enumerate(scans):
         for earlier in scans[:i]:
             flat = [eqn for slot in slots for eqn in slot]
             first, second = _scan_in(slots[earlier]), _scan_in(slots[later])
-            pair = _thinned(first, second, free, _readers(flat, outvars))
+            pair = _thinned(first, second, free, _readers(flat, outvars), earlier in wholly)
             if pair is None:
                 continue
             slots[earlier], slots[later], names = pair
@@ -118,9 +121,9 @@ type _Pair = tuple[list[JaxprEqn], list[JaxprEqn], dict[Var, Atom]]
 
 
 def _thinned(
-    first: JaxprEqn, second: JaxprEqn, free: set[Var], readers: dict[Var, int]
+    first: JaxprEqn, second: JaxprEqn, free: set[Var], readers: dict[Var, int], wholly: bool
 ) -> _Pair | None:
-    """The two loops with cheap residuals moved from the first to the second."""
+    """The two loops with residuals moved from the first to the second: cheap ones, or any."""
     if first.params["length"] != second.params["length"]:
         return None
     if not set(first.outvars) & {a for a in second.invars if isinstance(a, Var)}:
@@ -143,7 +146,12 @@ def _thinned(
 
     before = sum(size_in_bytes(v.aval) for v in dict.fromkeys(required))
     body_free = set(forward.body.constvars)
-    cut = cheapest_cut(forward.body.eqns, required, lambda v: 0 if v in body_free else cost(v))
+    cut = cheapest_cut(
+        forward.body.eqns,
+        required,
+        lambda v: 0 if v in body_free else cost(v),
+        (lambda eqn: not eqn.effects) if wholly else is_cheap,
+    )
     kept_consts = [v for v in cut.kept if v in f_consts]
     kept_xs = [v for v in cut.kept if v in f_xs]
     stacked = [v for v in cut.kept if v not in {*kept_consts, *kept_xs, *body_free}]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from pockjax.autodiff._exposed import Context, Fallback, Term, Value, carrying
 from pockjax.autodiff._fold import fold
 from pockjax.autodiff._indices import IndexedMask
 from pockjax.autodiff._jaxprs import evaluated, inlined
+from pockjax.autodiff._remat import Plan, Recomputable, best_plan, marked
 from pockjax.autodiff._residuals import Split, split_passes
 from pockjax.autodiff._thin import thin_scans
 from pockjax.masks import Block, resolve
@@ -86,6 +87,22 @@ class Primal:
         n = len(self.out_avals)
         return self.out_tree.unflatten(arrays[:n]), self.aux_tree.unflatten(arrays[n:])
 
+    def rematerialised(self, plan: Plan) -> "Primal":
+        """The same function, with blocks that a backward pass is to compute again marked.
+
+        Raises:
+            ValueError: the plan is not one for this function.
+        """
+        return replace(self, jaxpr=marked(inlined(self.jaxpr), plan)) if plan else self
+
+    def best_plan(self, mask: PyTree) -> Plan:
+        """The blocks to compute again so that a mask's backward pass keeps the fewest bytes."""
+        entries, _, _ = resolve(self.params.treedef.unflatten(self.params.leaves), mask)
+        pairs = zip(entries, self.params.is_array, strict=True)
+        trained = [entry is not False for entry, is_array in pairs if is_array]
+        trained += [False] * (len(self.jaxpr.invars) - len(trained))
+        return best_plan(inlined(self.jaxpr), trained)
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -139,7 +156,8 @@ class Joint:
     @cached_property
     def passes(self) -> Split:
         """The same function in two passes with as few bytes between them as possible."""
-        jaxpr = thin_scans(inlined(self.jaxpr))
+        jaxpr = inlined(self.jaxpr)
+        jaxpr = thin_scans(jaxpr, Recomputable.of(jaxpr.eqns).loops)
         n_params = len(self.primal.params.arrays)
         return split_passes(jaxpr, len(self.inputs), self.n_forward_out, n_params)
 

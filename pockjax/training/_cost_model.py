@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from pockjax._compat import Jaxpr
-from pockjax.autodiff import IndexedMask, inlined, is_array
+from pockjax.autodiff import IndexedMask, Plan, inlined, is_array
 from pockjax.costs import (
     CompiledCost,
     Prediction,
@@ -101,23 +101,24 @@ class CostModel:
             return None
         return Rewriter(measure=self._rewrites == "measured")
 
-    def _update_of(self, mask: PyTree) -> Update:
+    def _update_of(self, mask: PyTree, remat: Plan | bool = ()) -> Update:
         """The update of a mask; shares the trace of the loss."""
         resolve(self._update.params, mask)
-        update = replace(self._update, mask=IndexedMask.of(mask))
+        update = replace(self._update, mask=IndexedMask.of(mask), remat=remat)
         update.__dict__["primal"] = self._update.primal
         return update
 
-    def predict(self, mask: PyTree) -> Prediction:
+    def predict(self, mask: PyTree, remat: Plan | bool = ()) -> Prediction:
         """What training a mask is expected to cost.
 
         Args:
             mask: what to train, see `compile`.
+            remat: what the backward pass computes again, see `compile`.
 
         Raises:
             MaskError: if the mask does not fit the parameters.
         """
-        update = self._update_of(mask)
+        update = self._update_of(mask, remat)
         jaxpr = self._jaxpr(update)
         joint, params = update.joint, update.primal.params
         passes, n_params = joint.passes, len(params.arrays)
@@ -138,6 +139,10 @@ class CostModel:
             flops=count_flops(jaxpr),
             seconds=None if self._rates is None else self._rates.of(work_of(jaxpr)),
         )
+
+    def best_plan(self, mask: PyTree) -> Plan:
+        """The blocks to compute again so that a mask's backward pass keeps the fewest bytes."""
+        return self._update.primal.best_plan(mask)
 
     def calibrate(self, masks: Sequence[PyTree], repeats: int = 5) -> None:
         """Compiles and times a few masks, and corrects later predictions by what was off.
@@ -207,7 +212,7 @@ class CostModel:
 
     def _jaxpr(self, update: Update) -> Jaxpr:
         """The whole step, as it would be handed to XLA."""
-        step = update.step(self._kept)
+        step = update.step(self._kept, early=True)
         jaxpr = jax.make_jaxpr(step)(update.example_state, *update.arrays_of(update.batch))
         if self._rewriter is not None:
             jaxpr = self._rewriter.rewritten(jaxpr)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from pockjax._allocator import advise
-from pockjax.autodiff import IndexedMask, is_array
+from pockjax.autodiff import IndexedMask, Plan, is_array
 from pockjax.costs import CompiledCost
 from pockjax.masks import MaskError, pack, resolve
 from pockjax.rewrites import BACKENDS, Choice, Rewriter
@@ -40,6 +40,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     rewrites: Rewrites = "measured",
     updates: Updates = "early",
     frozen_dtype: Any = None,
+    remat: Plan | bool = False,
 ) -> "Step":
     """Compiles a training step that computes, stores and updates only what a mask names.
 
@@ -79,6 +80,10 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         frozen_dtype: ``"bfloat16"`` rounds the operands of matrix products and convolutions that
             depend on nothing trained, and sums them in float32; parameters, gradients and all else
             stay as they are. It is faster where the machine has instructions for it.
+        remat: what the backward pass computes again instead of keeping it (rematerialisation, as
+            by `jax.checkpoint`): True finds the blocks that leave the fewest bytes to keep; spans
+            ``((start, stop), ...)`` of the equations of ``fun``, jits inlined, name them. See
+            `Step.remat`.
 
     Returns:
         The step. ``fun`` was traced once, and is never called again.
@@ -87,7 +92,8 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         MaskError: if the mask does not fit ``params``.
         TypeError: if ``fun`` does not return one real scalar, if ``tx`` asks for what a step does
             not have, or if ``tx`` or ``merge_aux`` change shapes or dtypes of what they return.
-        ValueError: if ``accumulate`` does not divide the batch, or for ``merge_aux`` without aux.
+        ValueError: if ``accumulate`` does not divide the batch, for ``merge_aux`` without aux, or
+            if ``remat`` does not fit ``fun`` or is asked for when XLA chooses the residuals.
 
     >>> import pockjax as pj
     >>> params = {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}
@@ -109,13 +115,14 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         raise ValueError(f"updates must be 'early' or 'late', got {updates!r}")
     if merge_aux is not None and not has_aux:
         raise ValueError("merge_aux needs auxiliary outputs: a function with has_aux=True")
+    if remat and residuals != "kept":
+        raise ValueError(f"remat needs residuals='kept', got {residuals!r}: else XLA may undo it")
     resolve(params, mask)
     batch = shapes_of(batch, numbers=True)
     check_batch(batch, accumulate)
     update = Update(
         fun, IndexedMask.of(mask), tx, shapes_of(params), batch, has_aux, accumulate, key,
-        merge_aux,
-        None if frozen_dtype is None else jnp.dtype(frozen_dtype),
+        merge_aux, None if frozen_dtype is None else jnp.dtype(frozen_dtype), remat,
     )  # fmt: skip
     variants = {"auto": ("kept", "xla")}.get(residuals, (residuals,))
     rewriter = Rewriter(measure=rewrites == "measured")
@@ -353,6 +360,11 @@ class Step:
         return make_report(
             self._update, self._costs, self._chosen, self._rewrites, self._program.early
         )
+
+    @property
+    def remat(self) -> Plan:
+        """The spans of equations of the loss that the backward pass computes again."""
+        return self._update.plan
 
     @property
     def compiled(self) -> Any:

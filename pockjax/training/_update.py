@@ -15,6 +15,7 @@ from pockjax.autodiff import (
     Arrays,
     IndexedMask,
     Joint,
+    Plan,
     Primal,
     differentiate,
     inlined,
@@ -46,6 +47,8 @@ class Update:
         key: random key to begin with, or None.
         merge_aux: writes auxiliary outputs into frozen parameters.
         frozen_dtype: what operands of frozen products are rounded to, or None.
+        remat: which equations of the loss the backward pass computes again; True for the blocks
+            that keep the fewest bytes.
     """
 
     fun: Callable[..., Any]
@@ -58,6 +61,7 @@ class Update:
     key: jax.Array | None
     merge_aux: Callable[[PyTree, PyTree], PyTree] | None
     frozen_dtype: Any = None
+    remat: Plan | bool = ()
 
     @cached_property
     def primal(self) -> Primal:
@@ -77,7 +81,16 @@ class Update:
     @cached_property
     def joint(self) -> Joint:
         """Loss and packed gradient of one microbatch."""
-        return differentiate(self.primal, self.mask.tree(self.mask.indices))
+        mask = self.mask.tree(self.mask.indices)
+        return differentiate(self.primal.rematerialised(self.plan), mask)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The spans of equations that the backward pass computes again."""
+        if not isinstance(self.remat, bool):
+            return self.remat
+        mask = self.mask.tree(self.mask.indices)
+        return self.primal.best_plan(mask) if self.remat else ()
 
     def _micro_shape(self, a: Any) -> Any:
         if not self._is_cut(a):

@@ -1,0 +1,225 @@
+"""What choices of units take: predicted, compiled, and predicted better for what was compiled."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from pockjax._paths import flatten_with_paths
+from pockjax.autodiff import Plan
+from pockjax.costs import CompiledCost, Prediction
+from pockjax.masks import Part
+from pockjax.masks import mask as make_mask
+from pockjax.selection._sensitivity import Sensitivity
+from pockjax.selection._surrogate import feature
+from pockjax.selection._timing import step_seconds
+from pockjax.selection._units import Unit, union
+from pockjax.training import CostModel, Step
+from pockjax.training import compile as compile_step
+
+PyTree = Any
+type Chosen = tuple[int, ...]
+
+
+class Choices:
+    """The units that may be chosen, and what choices of them take.
+
+    Choices are positions of units. What was predicted or compiled once is remembered.
+
+    Attributes:
+        units: the units, without what is trained in any case.
+        values: (units,): what each is worth.
+        groups: positions of the units of each group.
+    """
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        params: PyTree,
+        data: Any,
+        sens: Sensitivity,
+        tx: optax.GradientTransformation,
+        beside: Any,
+        options: dict[str, Any],
+    ):
+        """The arguments are those of `search`."""
+        self.params, self._fun, self._tx, self._options = params, fun, tx, options
+        self._batch = _batch_of(data)
+        self._beside = _entries(params, beside)
+        pairs = [
+            (unit, float(worth))
+            for unit, worth in zip(_without(sens.units, self._beside), sens.mean, strict=True)
+            if unit.entries
+        ]
+        if not pairs:
+            raise ValueError("there are no units to choose from")
+        self.units = tuple(unit for unit, _ in pairs)
+        self.values = np.array([worth for _, worth in pairs])
+        members: dict[str, list[int]] = {}
+        for u, unit in enumerate(self.units):
+            members.setdefault(unit.group, []).append(u)
+        self.groups = tuple(map(tuple, members.values()))
+        self._costs = CostModel(fun, tx, params, *self._batch, **options)
+        self._predictions: dict[tuple[Chosen, Plan], Prediction] = {}
+        self._compiled: dict[tuple[Chosen, Plan], tuple[Step, dict[str, float]]] = {}
+
+    def mask(self, chosen: Sequence[int]) -> PyTree:
+        """The mask of a choice and of what is trained in any case."""
+        beside = [replace(self.units[0], entries=self._beside)] if self._beside else []
+        units = [*beside, *(self.units[u] for u in chosen)]
+        return union(self.params, units) if units else False
+
+    def best_plan(self) -> Plan:
+        """The blocks to compute again if anything might be trained."""
+        paths = {path for unit in self.units for path, _ in unit.entries}
+        return self._costs.best_plan(make_mask(self.params, lambda path, leaf: path in paths))
+
+    def predict(self, chosen: Sequence[int], plan: Plan) -> Prediction:
+        """What a choice takes by the cost model."""
+        key = (tuple(chosen), plan)
+        if key not in self._predictions:
+            self._predictions[key] = self._costs.predict(self.mask(chosen), plan)
+        return self._predictions[key]
+
+    def predicted(
+        self, chosen: Sequence[int], plan: Plan, names: Iterable[str]
+    ) -> dict[str, float]:
+        """The same by name, without latency where the cost model knows no times."""
+        prediction = self.predict(chosen, plan)
+        return {
+            name: self._quantity(name, prediction)
+            for name in names
+            if name != "latency" or prediction.seconds is not None
+        }
+
+    def _quantity(self, name: str, p: Prediction) -> float:
+        """A prediction as an amount; latency that is not calibrated is known up to a factor."""
+        match name:
+            case "memory":
+                return float(p.memory_bytes)
+            case "extra_memory":
+                return float(p.memory_bytes - self._inference_bytes)
+            case _:
+                return feature(name, p)
+
+    def expected(
+        self, chosen: Sequence[int], plan: Plan, names: Iterable[str], *, hopeful: bool = False
+    ) -> dict[str, float]:
+        """What a choice is expected to take, by the cost model and what was compiled like it.
+
+        Args:
+            chosen: positions of units.
+            plan: what is computed again.
+            names: of the quantities; latency is left out while nothing is known of times.
+            hopeful: correct by the most favourable error that was found instead of by the nearest.
+        """
+        prediction, found = self.predict(chosen, plan), {}
+        known = self._compiled.get((tuple(chosen), plan), (None, {}))[1]
+        for name in names:
+            value = self._quantity(name, prediction)
+            pairs = [
+                (self._quantity(name, self.predict(*key)), costs[name])
+                for key, (_, costs) in self._compiled.items()
+                if bool(key[1]) == bool(plan) and name in costs
+            ]
+            if name in known:
+                found[name] = known[name]
+            elif name == "latency":
+                if pairs or prediction.seconds is not None:
+                    found[name] = value * _error(pairs, value, np.divide, 1.0, hopeful)
+            else:
+                found[name] = value + _error(pairs, value, np.subtract, 0.0, hopeful)
+        return found
+
+    def compiled(
+        self, chosen: Chosen, plan: Plan, names: Iterable[str]
+    ) -> tuple[Step, dict[str, float]]:
+        """The compiled step of a choice, and what it takes."""
+        names = tuple(names)
+        step, costs = self._compiled.get((chosen, plan), (None, {}))
+        if step is None:
+            step = compile_step(
+                self._fun, self.mask(chosen), self._tx, self.params, *self._batch,
+                remat=plan, **self._options,
+            )  # fmt: skip
+        costs = costs | self._measured(step, [name for name in names if name not in costs])
+        self._compiled[chosen, plan] = step, costs
+        return step, {name: costs[name] for name in names}
+
+    def full(self, names: Iterable[str]) -> dict[str, float]:
+        """What full backpropagation takes, compiled."""
+        return self._measured(self._full_step, names)
+
+    @cached_property
+    def _full_step(self) -> Step:
+        return compile_step(self._fun, True, self._tx, self.params, *self._batch, **self._options)
+
+    @cached_property
+    def _inference_bytes(self) -> int:
+        """Memory of the forward pass alone."""
+        key = self._options.get("key")
+        args = (self.params, *self._batch, *([] if key is None else [key]))
+        shapes = jax.tree.map(jax.typeof, args)
+        return CompiledCost.of(jax.jit(self._fun).lower(*shapes).compile()).total_bytes
+
+    def _measured(self, step: Step, names: Iterable[str]) -> dict[str, float]:
+        found = {}
+        for name in names:
+            match name:
+                case "memory":
+                    found[name] = float(step.report.compiled.total_bytes)
+                case "extra_memory":
+                    memory = step.report.compiled.total_bytes
+                    found[name] = float(memory - self._inference_bytes)
+                case "latency":
+                    found[name] = step_seconds(step, self.params, self._batch)
+                case "flops":
+                    found[name] = float(step.report.flops)
+                case _:
+                    found[name] = float(step.report.optimizer_bytes)
+        return found
+
+
+def _error(
+    pairs: Sequence[tuple[float, float]],
+    value: float,
+    compare: Callable[[float, float], Any],
+    default: float,
+    hopeful: bool,
+) -> float:
+    """By how much predictions were wrong: near a value, or at best."""
+    if not pairs:
+        return default
+    errors = [float(compare(actual, predicted)) for predicted, actual in pairs]
+    # Errors differ from one end of the network to the other.
+    nearest = min(range(len(pairs)), key=lambda i: abs(pairs[i][0] - value))
+    return min(errors) if hopeful else errors[nearest]
+
+
+def _batch_of(data: Any) -> tuple[Any, ...]:
+    """The first batch of data that may be a batch itself."""
+    if isinstance(data, tuple) and not (data and isinstance(data[0], tuple)):
+        return tuple(data)
+    first = next(iter(data))
+    return tuple(first) if isinstance(first, tuple | list) else (first,)
+
+
+def _entries(params: PyTree, beside: Any) -> tuple[tuple[str, bool | Part], ...]:
+    """Path and what is trained of it, for all that a mask trains."""
+    if beside is None:
+        return ()
+    mask = make_mask(params, beside)
+    named = flatten_with_paths(mask, is_leaf=lambda entry: isinstance(entry, Part))[0]
+    return tuple((path, entry) for path, entry in named if entry is not False)
+
+
+def _without(units: Sequence[Unit], beside: Sequence[tuple[str, Any]]) -> list[Unit]:
+    """Units without the arrays that are trained in any case."""
+    taken = {path for path, _ in beside}
+    return [
+        replace(unit, entries=tuple(e for e in unit.entries if e[0] not in taken)) for unit in units
+    ]

@@ -1,0 +1,85 @@
+"""Exact choice, by mixed-integer linear programming."""
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from pockjax.selection.solvers._problem import InfeasibleError, Problem, Solution
+from pockjax.selection.solvers._registry import register
+
+
+@register("milp")
+def solve(problem: Problem, *, seed: int = 0, seconds: float = 60.0) -> Solution:
+    """Chooses what is worth most, and proves it, with SciPy's HiGHS.
+
+    A binary x for each unit, and z for each level that the backward pass may reach: z[l] <= z[l-1],
+    and of the units of a group that lie at or below a level at most as many are chosen as it is
+    reached: sum(x) <= z. Costs are linear in both.
+
+    Args:
+        problem: what to choose from.
+        seed: not used; there is nothing to draw.
+        seconds: after which to stop at the best choice so far; its ``gap`` says how far from the
+            best it may be.
+
+    Raises:
+        InfeasibleError: nothing fits.
+    """
+    del seed
+    problem.singles()
+    forbidden = set(problem.forbidden)
+    limits = np.array([cost.limit - cost.base for cost in problem.costs])
+    while True:
+        chosen, gap = _solved(problem, limits, forbidden, seconds)
+        exceeded = [problem.cost(cost, chosen) > cost.limit for cost in problem.costs]
+        if not any(exceeded):
+            return Solution.of(problem, chosen, gap)
+        # HiGHS lets constraints be exceeded by a millionth; such a choice is ruled out.
+        forbidden.add(frozenset(chosen))
+
+
+def _solved(
+    problem: Problem, limits: np.ndarray, forbidden: set[frozenset[int]], seconds: float
+) -> tuple[tuple[int, ...], float]:
+    n, n_levels = len(problem.values), int(problem.levels.max()) + 1
+    rows: list[tuple[dict[int, float], float, float]] = []  # coefficients, lower, upper
+    for cost, limit in zip(problem.costs, limits, strict=True):
+        scale = max(limit, 1e-300)
+        coefficients = {u: float(a) / scale for u, a in enumerate(cost.own) if a}
+        coefficients |= {n + i: float(a) / scale for i, a in enumerate(cost.reach[:n_levels]) if a}
+        rows.append((coefficients, -np.inf, limit / scale))
+    for members in problem.groups:
+        for level in sorted({int(problem.levels[u]) for u in members}):
+            below = {u: 1.0 for u in members if problem.levels[u] >= level}
+            rows.append((below | {n + level: -1.0}, -np.inf, 0.0))
+    for level in range(1, n_levels):
+        rows.append(({n + level: 1.0, n + level - 1: -1.0}, -np.inf, 0.0))
+    rows.append((dict.fromkeys(range(n), 1.0), 1.0, np.inf))
+    for choice in sorted(forbidden, key=sorted):
+        # Differs somewhere: the number of differences is at least 1.
+        signs = {u: -1.0 if u in choice else 1.0 for u in range(n)}
+        rows.append((signs, 1.0 - len(choice), np.inf))
+    matrix = sparse.lil_array((len(rows), n + n_levels))
+    for i, (coefficients, _, _) in enumerate(rows):
+        for j, a in coefficients.items():
+            matrix[i, j] = a
+    lower: Any = np.array([row[1] for row in rows])
+    upper: Any = np.array([row[2] for row in rows])
+    worth = np.abs(problem.values).max() or 1.0
+    result = milp(
+        np.concatenate([-problem.values / worth, np.zeros(n_levels)]),
+        integrality=np.concatenate([np.ones(n), np.zeros(n_levels)]),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(
+            sparse.csr_array(matrix),
+            lower,
+            upper,
+        ),
+        options={"time_limit": seconds, "mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        raise InfeasibleError(f"no choice keeps the limits ({result.message})")
+    chosen = tuple(np.flatnonzero(result.x[:n] > 0.5).tolist())
+    return chosen, float(result.mip_gap or 0.0)
