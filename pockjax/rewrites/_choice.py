@@ -1,32 +1,21 @@
 """Which form of a convolution is the fastest here: timed once, and remembered on disk."""
 
-import hashlib
-import json
 import logging
-import os
-import platform
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pockjax._files import cache_folder, replacing
 from pockjax.rewrites._candidates import ORIGINAL, candidates
 from pockjax.rewrites._convolution import Convolution
+from pockjax.rewrites._timing import in_turn, remember, remembered
 from pockjax.rewrites._windows import Form
 
-_FORMAT = 1  # to be raised when a form changes, so that earlier timings are forgotten
 _SECONDS = 0.02  # of running, for each form
-_MOST_RUNS = 30
-_HOPELESS = 3.0  # times slower in its first run than the best: not timed any further
 _CLEARLY = 0.8  # of the guess's time, for another form to be taken
 _NO_MATTER = 4 * 2**20  # bytes of intermediate arrays that any form may have
 _WORTH_TIMING = 500_000  # products; below that, any form is quick
@@ -131,86 +120,45 @@ def describe(conv: Convolution) -> str:
 @lru_cache(maxsize=4096)
 def _timings(conv: Convolution) -> dict[str, Timing]:
     forms = candidates(conv)
-    file = _file(conv, tuple(forms))
-    known = _read(file, forms)
+    what = [asdict(conv), list(forms)]
+    known = _read(remembered("rewrites", what), forms)
     if known is not None:
         return known
     _log.info("timing %d forms of %s", len(forms), describe(conv))
     timings = _measure(conv, forms)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as path:
-            content = {name: asdict(timing) for name, timing in timings.items()}
-            path.write_text(json.dumps({"operation": describe(conv), "timings": content}))
-    except OSError as error:
-        _log.warning("timings cannot be kept in %s: %s", file.parent, error)
+    content = {name: asdict(timing) for name, timing in timings.items()}
+    remember("rewrites", what, {"operation": describe(conv), "timings": content})
     return timings
 
 
-def _read(file: Path, forms: dict[str, Form]) -> dict[str, Timing] | None:
+def _read(content: dict[str, Any] | None, forms: dict[str, Form]) -> dict[str, Timing] | None:
     """Timings from disk; None if there are none, or none that can be made sense of."""
     try:
-        content = json.loads(file.read_text())["timings"]
+        timings = {} if content is None else content["timings"]
         found = {
-            name: Timing(float(t["seconds"]), int(t["temp_bytes"])) for name, t in content.items()
+            name: Timing(float(t["seconds"]), int(t["temp_bytes"])) for name, t in timings.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return found if ORIGINAL in found and found.keys() <= forms.keys() else None
 
 
-def _file(conv: Convolution, names: tuple[str, ...]) -> Path:
-    what = json.dumps([_FORMAT, asdict(conv), names], default=str)
-    return cache_folder() / "rewrites" / _machine() / f"{_digest(what)}.json"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _machine() -> str:
-    """What timings depend on, apart from the operation."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    flags = os.environ.get("XLA_FLAGS", "")
-    return _digest(json.dumps([version("jaxlib"), _processor(), threads, flags]))
-
-
-@lru_cache(maxsize=1)
-def _processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line
-    except OSError:
-        pass
-    return f"{platform.machine()} {platform.processor()}"
-
-
 def _measure(conv: Convolution, forms: dict[str, Form]) -> dict[str, Timing]:
-    """Time each form; those that are far behind the best are run once."""
+    """Time each form."""
     generator = np.random.default_rng(0)
     # Whatever is being traced just now is none of the timed programs' business.
     with jax.ensure_compile_time_eval():
         args = [jnp.asarray(generator.standard_normal(x.shape), x.dtype) for x in conv.arguments()]
-        best, timings = float("inf"), {}
-        for name, form in forms.items():
-            compiled = jax.jit(form).lower(*args).compile()
-            seconds = _fastest_run(lambda run=compiled: jax.block_until_ready(run(*args)), best)
-            best = min(best, seconds)
-            analysis: Any = compiled.memory_analysis()
-            timings[name] = Timing(seconds, analysis.temp_size_in_bytes if analysis else 0)
-    return timings
-
-
-def _fastest_run(run: Callable[[], Any], best: float) -> float:
-    run()
-    begun, fastest = time.perf_counter(), float("inf")
-    for _ in range(_MOST_RUNS):
-        start = time.perf_counter()
-        run()
-        now = time.perf_counter()
-        fastest = min(fastest, now - start)
-        if fastest > _HOPELESS * best or now - begun > _SECONDS:
-            break
-    return fastest
+        compiled = {name: jax.jit(form).lower(*args).compile() for name, form in forms.items()}
+        seconds = in_turn(
+            {
+                name: lambda run=executable: jax.block_until_ready(run(*args))
+                for name, executable in compiled.items()
+            },
+            _SECONDS,
+        )
+    analyses: dict[str, Any] = {name: c.memory_analysis() for name, c in compiled.items()}
+    return {
+        name: Timing(seconds[name], a.temp_size_in_bytes if a else 0)
+        for name, a in analyses.items()
+    }

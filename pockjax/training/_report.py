@@ -17,7 +17,7 @@ from pockjax.costs import (
     tree_bytes,
 )
 from pockjax.masks import describe, pack
-from pockjax.rewrites import Choice
+from pockjax.rewrites import DEFAULT_LIBRARY, Choice
 from pockjax.training._measure import Measurement
 from pockjax.training._update import Update
 
@@ -75,6 +75,7 @@ class Report:
         rows: every parameter.
         fallbacks: where a gradient is computed wider than asked, and why.
         rewrites: the form that was chosen for each convolution, and what each form takes here.
+        library: what computes matrix products.
         measured: time and page faults, once `Step.measure` was called.
     """
 
@@ -88,6 +89,7 @@ class Report:
     rows: tuple[ParameterRow, ...]
     fallbacks: tuple[Fallback, ...]
     rewrites: tuple[Choice, ...] = ()
+    library: str | None = None
     measured: Measurement | None = None
 
     @property
@@ -121,6 +123,7 @@ class Report:
             "variants": self.variants,
             "parameters": [asdict(row) for row in self.rows],
             "fallbacks": [{**asdict(f), "message": str(f)} for f in self.fallbacks],
+            "library": self.library,
             "rewrites": [asdict(choice) for choice in self.rewrites],
             "measured": None if self.measured is None else asdict(self.measured),
         }
@@ -202,6 +205,8 @@ class Report:
                 f"Of {len(self.rewrites)} convolutions, {forms.total()} are computed in a form "
                 f"that is faster here: {named}."
             )
+        if self.library not in (None, DEFAULT_LIBRARY):
+            notes.append(f"Matrix products are computed by {self.library}, which is faster here.")
         if self.fallbacks:
             notes.append("Computed wider than asked, then sliced:")
             notes += [f"  {fallback}" for fallback in self.fallbacks]
@@ -230,10 +235,11 @@ def make_report(
     chosen: str,
     rewrites: tuple[Choice, ...] = (),
     early: bool = True,
+    library: str | None = None,
 ) -> Report:
     """Counts, predicts and compares; traces nothing of the user's function again."""
     mask = update.mask.tree(update.mask.indices)
-    traced = jax.make_jaxpr(update.step(chosen == "kept", early))(
+    traced = jax.make_jaxpr(update.step(chosen != "xla", early))(
         update.example_state, *update.arrays_of(update.batch)
     )
     return Report(
@@ -247,6 +253,7 @@ def make_report(
         rows=_rows(update, mask),
         fallbacks=update.joint.fallbacks,
         rewrites=rewrites,
+        library=library,
     )
 
 

@@ -7,13 +7,21 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pockjax._allocator import advise
 from pockjax.autodiff import IndexedMask, Plan, is_array
-from pockjax.costs import CompiledCost
+from pockjax.costs import CompiledCost, count_flops
 from pockjax.masks import MaskError, pack, resolve
-from pockjax.rewrites import BACKENDS, Choice, Rewriter
+from pockjax.rewrites import (
+    BACKENDS,
+    DEFAULT_LIBRARY,
+    LIBRARIES,
+    Choice,
+    Rewriter,
+    fastest,
+)
 from pockjax.training._measure import Measurement, measured
 from pockjax.training._report import Report, make_report
 from pockjax.training._state import Metrics, State
@@ -24,6 +32,11 @@ PyTree = Any
 Residuals = Literal["auto", "kept", "xla"]
 Rewrites = Literal["measured", "guessed", "none"]
 Updates = Literal["early", "late"]
+
+# Operations; below, a step is quick with any library, and above, its products are so large that
+# XLA's choice is the best.
+_WORTH_TIMING = range(200_000_000, 20_000_000_000)
+_DEPTH_FIRST = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
@@ -69,7 +82,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
             gets the stacked aux, and must take the mean or the last over its first axis.
         residuals: ``"kept"`` fixes what the backward pass keeps to the fewest bytes, which halves
             the memory of many networks; ``"xla"`` leaves the choice to XLA; ``"auto"`` compiles
-            both and takes the one that needs less memory.
+            both, and on a CPU the first in two orders, and takes what needs the least memory.
         rewrites: how to find faster forms of convolutions, on a CPU (see `pockjax.rewrite`):
             ``"measured"`` times them once on each machine, about a second for each new kind of
             convolution; ``"guessed"`` takes the likeliest; ``"none"`` leaves all as it is.
@@ -124,19 +137,30 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         fun, IndexedMask.of(mask), tx, shapes_of(params), batch, has_aux, accumulate, key,
         merge_aux, None if frozen_dtype is None else jnp.dtype(frozen_dtype), remat,
     )  # fmt: skip
-    variants = {"auto": ("kept", "xla")}.get(residuals, (residuals,))
     rewriter = Rewriter(measure=rewrites == "measured")
     if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
         rewriter = None
-    programs = {name: Program(name == "kept", updates == "early", rewriter) for name in variants}
+    programs = {
+        name: Program(name != "xla", updates == "early", rewriter, name == "kept, depth first")
+        for name in _variants(residuals)
+    }
     compiled = {name: program.compiled(update) for name, program in programs.items()}
-    costs = {name: CompiledCost.of(executable) for name, executable in compiled.items()}
+    costs = {name: CompiledCost.of(executable) for name, (_, executable) in compiled.items()}
     best = min(costs, key=lambda name: costs[name].total_bytes)
+    library, executable = compiled[best]
     if jax.default_backend() == "cpu":
         advise(costs[best].temp_bytes)
     choices = () if rewriter is None else tuple(rewriter.choices)
-    choices = choices[: len(choices) // len(variants)]
-    return Step(compiled[best], update, costs, best, choices, programs[best])
+    choices = choices[: len(choices) // len(programs)]
+    program = replace(programs[best], library=library)
+    return Step(executable, update, costs, best, choices, program)
+
+
+def _variants(residuals: Residuals) -> tuple[str, ...]:
+    """What is compiled, to take the one that needs the least memory."""
+    if residuals != "auto":
+        return (residuals,)
+    return ("kept", "xla", *(("kept, depth first",) if jax.default_backend() == "cpu" else ()))
 
 
 @dataclass(frozen=True)
@@ -147,11 +171,17 @@ class Program:
         kept: whether what the backward pass keeps is fixed.
         early: whether parameters are written within the backward pass.
         rewriter: finds faster forms; None to leave all as it is.
+        depth_first: order operations for the least memory; XLA's usual order on a CPU goes through
+            all that is ready first, and computes what the backward pass needs again for all layers
+            at its start.
+        library: what computes matrix products; None to find out which is the fastest here.
     """
 
     kept: bool
     early: bool
     rewriter: Rewriter | None
+    depth_first: bool = False
+    library: str | None = None
 
     def function(self, update: Update) -> Callable[..., tuple[State, Metrics]]:
         """One step."""
@@ -159,8 +189,12 @@ class Program:
 
     def compiled(
         self, update: Update, fun: Callable[..., Any] | None = None, batch: Any = None
-    ) -> Any:
-        """The executable of one step, or of another function of state and batches."""
+    ) -> tuple[str, Any]:
+        """The executable of one step, or of another function of state and batches.
+
+        Returns:
+            The library that computes its products, and the executable.
+        """
         # A state goes in where it came out, so the one must be said to be the other.
         shardings = None if update.shardings is None else (update.shardings, None)
         fun = self.function(update) if fun is None else fun
@@ -168,7 +202,34 @@ class Program:
         if self.rewriter is not None:
             fun = partial(self.rewriter.run, fun)
         step = jax.jit(fun, donate_argnums=0, out_shardings=shardings)
-        return step.lower(update.example_state, *batch).compile()
+        lowered = step.lower(update.example_state, *batch)
+        options = _DEPTH_FIRST if self.depth_first else {}
+        if self.library is not None or not self._is_timed(update):
+            library = self.library or DEFAULT_LIBRARY
+            return library, lowered.compile(compiler_options=LIBRARIES[library] | options or None)
+        return fastest(lowered, lambda executable: _on_zeros(executable, update, batch), options)
+
+    def _is_timed(self, update: Update) -> bool:
+        """Whether it is worth while to time the step with each library."""
+        if self.rewriter is None or not self.rewriter.measure:
+            return False
+        arrays = jax.tree.leaves((update.example_state, update.batch))
+        return count_flops(update.joint.jaxpr) in _WORTH_TIMING and all(
+            isinstance(a.dtype, np.dtype) for a in arrays if is_array(a)
+        )
+
+
+def _on_zeros(executable: Any, update: Update, batch: Any) -> Callable[[], Any]:
+    """A step of arrays of zeros."""
+    state, arrays = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), (update.example_state, batch)
+    )
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = jax.block_until_ready(executable(state, *arrays))
+
+    return run
 
 
 class Step:
@@ -287,7 +348,7 @@ class Step:
             raise TypeError(problem)
         if steps not in self._many:
             fun = self._program.function(self._update)
-            self._many[steps] = self._program.compiled(
+            _, self._many[steps] = self._program.compiled(
                 self._update,
                 lambda state, *batches: jax.lax.scan(lambda s, b: fun(s, *b), state, batches),
                 jax.tree.map(
@@ -358,7 +419,12 @@ class Step:
     @cached_property
     def _report(self) -> Report:
         return make_report(
-            self._update, self._costs, self._chosen, self._rewrites, self._program.early
+            self._update,
+            self._costs,
+            self._chosen,
+            self._rewrites,
+            self._program.early,
+            self._program.library,
         )
 
     @property
