@@ -40,13 +40,13 @@ def fastest(
     Raises:
         ValueError: XLA does not know one of the options.
     """
-    what = [hashlib.sha256(lowered.as_text().encode()).hexdigest(), options]
+    what = [hashlib.sha256(lowered.as_text().encode()).hexdigest(), dict(options)]
     known = (remembered("libraries", what) or {}).get("library")
     if known in LIBRARIES:
-        executable = _compiled(lowered, LIBRARIES[known] | options)
+        executable = _compiled(lowered, LIBRARIES[known] | dict(options))
         if executable is not None:
             return known, executable
-    found = {name: _compiled(lowered, own | options) for name, own in LIBRARIES.items()}
+    found = {name: _compiled(lowered, own | dict(options)) for name, own in LIBRARIES.items()}
     executables = {name: executable for name, executable in found.items() if executable is not None}
     if DEFAULT_LIBRARY not in executables:
         raise ValueError(f"XLA does not know one of these options: {dict(options)}")
