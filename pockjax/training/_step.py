@@ -153,15 +153,17 @@ class Program:
     def compiled(
         self, update: Update, fun: Callable[..., Any] | None = None, batch: Any = None
     ) -> Any:
-        """The executable of one step, or of another function of state and batches."""
+        """The executable of one step, or of another function, on the state's arrays in a row."""
         # A state goes in where it came out, so the one must be said to be the other.
-        shardings = None if update.shardings is None else (update.shardings, None)
+        shardings = None
+        if update.shardings is not None:
+            shardings = (jax.tree.leaves(update.shardings), None)
         fun = self.function(update) if fun is None else fun
         batch = update.arrays_of(update.batch) if batch is None else batch
         if self.rewriter is not None:
             fun = partial(self.rewriter.run, fun)
-        step = jax.jit(fun, donate_argnums=0, out_shardings=shardings)
-        return step.lower(update.example_state, *batch).compile()
+        step = jax.jit(update.layout.on_rows(fun), donate_argnums=0, out_shardings=shardings)
+        return step.lower(jax.tree.leaves(update.example_state), *batch).compile()
 
 
 class Step:
@@ -234,17 +236,32 @@ class Step:
         """Runs one step.
 
         Raises:
-            TypeError: if the batch differs in structure, shape, dtype or constants from what was
-                compiled.
+            TypeError: if the state or the batch differs in structure, shape, dtype or constants
+                from what was compiled.
         """
         arrays = self._update.arrays_of(batch)
         try:
-            return self._compiled(state, *arrays)
+            return self._run(self._compiled, state, arrays)
         except (TypeError, ValueError) as error:
             problem = self._update.difference(batch)
             if problem is None:
                 raise
             raise TypeError(problem) from error
+
+    def _run(self, compiled: Any, state: State, arrays: tuple[Any, ...]) -> tuple[State, Metrics]:
+        """Runs an executable on a state."""
+        layout = self._update.layout
+        row = layout.row(state)
+        if row is None:
+            raise TypeError(self._update.state_difference(state))
+        try:
+            row, metrics = compiled(row, *arrays)
+        except (TypeError, ValueError) as error:
+            problem = self._update.state_difference(state)
+            if problem is None:
+                raise
+            raise TypeError(problem) from error
+        return layout.state(row), metrics
 
     def many(self, state: State, *batches: Any) -> tuple[State, Metrics]:
         """Runs several steps in one call: temporary memory is allocated once for all of them.
@@ -288,7 +305,7 @@ class Step:
                     self._update.arrays_of(self._update.batch),
                 ),
             )
-        return self._many[steps](state, *arrays)
+        return self._run(self._many[steps], state, arrays)
 
     def measure(self, state: State, *batch: Any, steps: int = 20) -> Measurement:
         """Times steps on a copy of a state; from then on the report shows it too.
@@ -308,7 +325,7 @@ class Step:
         def run() -> Any:
             nonlocal state
             state, metrics = self(state, *batch)
-            return state, metrics
+            return state.step, metrics  # the whole state would be built to be waited for
 
         self._measured = measured(run, steps, self._costs[self._chosen].temp_bytes)
         return self._measured
@@ -356,5 +373,5 @@ class Step:
 
     @property
     def compiled(self) -> Any:
-        """The executable, a `jax.stages.Compiled`."""
+        """The executable, a `jax.stages.Compiled` of the state's arrays in a row and the batch."""
         return self._compiled
