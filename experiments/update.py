@@ -1,7 +1,7 @@
 """Parameters written early or late, and several steps in one call: bytes, time and page faults.
 
 ``python -m experiments.update`` compiles each step both ways and writes
-``experiments/results/update.md``; begin it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 and without.
+``experiments/results/update.md``; begin it with POCKJAX_KEEP_MEMORY=0 and without.
 """
 
 import tempfile
@@ -15,7 +15,6 @@ import tyro
 
 import pockjax as pj
 from experiments.speed.problem import SCHEMES, Problem, read, write
-from pockjax._allocator import is_set
 from pockjax._files import replacing
 
 PROBLEMS = {
@@ -89,8 +88,9 @@ def _many(step: pj.Step, state: pj.State, four: tuple[jax.Array, ...], times: in
 
 def main(config: Config) -> None:
     """Measures and writes the table."""
+    memory = "kept" if pj.keep_memory() else "taken anew"
     lines = [
-        f"# Updates within the backward pass ({'huge pages' if is_set() else 'pages of 4 KiB'})",
+        f"# Updates within the backward pass (memory {memory})",
         "", HEADER, "|---|---|---|" + "---:|" * 8,
     ]  # fmt: skip
     for name in config.only:
@@ -100,4 +100,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    pj.keep_memory()
     main(tyro.cli(Config))

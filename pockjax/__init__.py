@@ -7,6 +7,7 @@ updates only what the mask names comes out.
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
+from pockjax._allocator import keep_memory as keep_memory
 from pockjax.autodiff import Fallback as Fallback
 from pockjax.autodiff import grad as grad
 from pockjax.autodiff import value_and_grad as value_and_grad

@@ -5,6 +5,7 @@ Checked against jax 0.11.2 and 0.12. What is not public and why it is needed:
 * ``dce_jaxpr``: JAX knows how to remove dead code from every higher-order primitive it has.
 * ``name_stack_of`` / ``eqn_context``: an interpreter that re-binds equations must keep their
   names and their context (mesh, compute-on, matmul precision), or profiles and sharding change.
+* ``backends_are_initialized``: some settings of a process only work before JAX runs anything.
 * ``zeros_like_aval``, ``cast_to_aval``, ``type_context``: values of a given type, explicit sharding
   and varying manual axes included.
 """
@@ -22,6 +23,7 @@ from jax import lax
 from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import source_info_util as _source_info_util
+from jax._src import xla_bridge as _xla_bridge
 from jax._src.interpreters import ad as _ad
 from jax._src.interpreters import partial_eval as _pe
 
@@ -37,6 +39,7 @@ __all__ = [
     "Literal",
     "Primitive",
     "Var",
+    "backends_are_initialized",
     "bind",
     "cast_to_aval",
     "dce_jaxpr",
@@ -54,6 +57,7 @@ __all__ = [
 ]
 
 eval_jaxpr = _public_core.eval_jaxpr
+backends_are_initialized: Callable[[], bool] = _xla_bridge.backends_are_initialized
 zeros_like_aval: Callable[[Any], jax.Array] = getattr(_ad, "zeros_like_aval")  # noqa: B009
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from pockjax import _allocator
-
 _COMMAND = [sys.executable, "-m", "pockjax"]
 
 
@@ -114,50 +112,3 @@ def test_interrupt_is_clean(minilm, bbc_news, tmp_path):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
     assert not (tmp_path / "report.json").exists()
-
-
-_SHOW = (
-    "import os, sys; from pockjax._allocator import begin_again; begin_again(); "
-    "print(os.environ.get('GLIBC_TUNABLES'), os.getpid(), sys.argv[1:])"
-)
-
-
-def _begun(**environment: str) -> list[str]:
-    inherited = {
-        k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "POCKJAX_HUGE_PAGES")
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SHOW, "a b", "-c"],
-        env=inherited | environment, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    setting, pid, *arguments = out.split(maxsplit=2)
-    assert int(pid) == process.pid and arguments == ["['a b', '-c']\n"]
-    return [setting]
-
-
-@pytest.mark.skipif(not _allocator.is_supported(), reason="needs glibc and huge pages")
-def test_begins_again_with_huge_pages_once_and_as_the_same_process():
-    assert _begun() == ["glibc.malloc.hugetlb=1"]
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [{"POCKJAX_HUGE_PAGES": "0"}, {"GLIBC_TUNABLES": "glibc.malloc.check=0"}],
-)
-def test_does_not_begin_again_where_somebody_has_chosen(environment):
-    assert _begun(**environment) == [environment.get("GLIBC_TUNABLES", "None")]
-
-
-def test_advice_is_given_once_and_only_for_large_steps(monkeypatch, caplog):
-    monkeypatch.setattr(_allocator, "_told", False)
-    monkeypatch.setattr(_allocator, "is_supported", lambda: True)
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.delenv("POCKJAX_HUGE_PAGES", raising=False)
-    _allocator.advise(2**20)
-    assert not caplog.records
-    _allocator.advise(64 * 2**20)
-    _allocator.advise(64 * 2**20)
-    [record] = caplog.records
-    assert "64 MiB" in record.getMessage() and _allocator.SETTING in record.getMessage()

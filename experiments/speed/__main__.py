@@ -27,7 +27,15 @@ import yaml
 
 from experiments.speed.page import page, plot
 from experiments.speed.parity import compare
-from experiments.speed.peers import OURS, PEERS, REFERENCE, PeerError, Process, surroundings
+from experiments.speed.peers import (
+    OURS,
+    PEERS,
+    REFERENCE,
+    Memory,
+    PeerError,
+    Process,
+    surroundings,
+)
 from experiments.speed.problem import Problem, network, write
 from pockjax._files import replacing
 
@@ -46,8 +54,9 @@ class Config:
         steps: steps in a turn; fewer if they take more than half a minute.
         together: peers that take turns with each other and are in memory at a time. pockjax is
             among them each time, so that ratios are of steps taken in turn.
-        huge_pages: let glibc ask for huge pages, for every peer: it halves the time of steps whose
-            temporary arrays are large.
+        memory: what the C library does with what a step frees, for every peer: keep it for the next
+            step, or give it back, with huge pages or small ones. Steps whose temporary arrays are
+            large take up to twice the time where each page is taken anew.
         again: measure what has been measured too.
         compare_only: stop when losses and gradients have been compared; nothing is written.
         out: folder for the results.
@@ -59,7 +68,7 @@ class Config:
     rounds: int = 8
     steps: int = 5
     together: int = 8
-    huge_pages: bool = True
+    memory: Memory = "kept"
     again: bool = False
     compare_only: bool = False
     out: Path = Path("experiments/results/speed")
@@ -85,7 +94,7 @@ def stamp(config: Config, name: str, threads: int) -> dict[str, Any]:
         "problem": asdict(read_config(name)[0]),
         "peers": [*config.peers],
         "threads": threads,
-        "settings": [config.rounds, config.steps, config.together, config.huge_pages],
+        "settings": [config.rounds, config.steps, config.together, config.memory],
     }
 
 
@@ -100,7 +109,7 @@ def run(name: str, threads: int, config: Config) -> dict[str, Any]:
     """Check and time all peers on one problem."""
     problem, _ = read_config(name)
     kind = network(problem.model)["kind"]
-    environment = surroundings(threads, config.huge_pages)
+    environment = surroundings(threads, config.memory)
     wanted = [n for n in PEERS if n in (OURS, REFERENCE, *config.peers)]
     absent = {n: why for n in wanted if (why := PEERS[n].missing(kind)) is not None}
     say = _Narrator(f"{name}, {threads} threads")
@@ -143,7 +152,7 @@ def run(name: str, threads: int, config: Config) -> dict[str, Any]:
         "problem": asdict(problem),
         "stamp": stamp(config, name, threads),
         "threads": threads,
-        "huge_pages": config.huge_pages,
+        "memory": config.memory,
         "absent": absent,
         "differences": differences,
         "limits": limits,
@@ -163,8 +172,7 @@ class _Narrator:
 
 
 def _limits(folder: Path, environment: dict[str, str], threads: int) -> dict[str, Any]:
-    command = [str(PEERS[OURS].python), "-m", "experiments.speed.limits", str(folder)]
-    with Process(command, environment, threads) as process:
+    with Process(PEERS[OURS].run("limits", str(folder)), environment, threads) as process:
         return process.answer()
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from executorch.extension.training import (
 from torch.export import export
 from torch.export.experimental import _export_forward_backward
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from experiments.speed.torch_networks import choose, load, without_norms
 from experiments.speed.worker import Made, work
 

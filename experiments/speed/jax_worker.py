@@ -118,4 +118,5 @@ def _about(compiled: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    pj.keep_memory()
     work(make)

@@ -1,7 +1,6 @@
 """A training step of Keras on TensorFlow in a process and an environment of its own."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from experiments.speed.keras_networks import load
 from experiments.speed.worker import Made, work
 

@@ -129,4 +129,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    pj.keep_memory()
     main(Path(sys.argv[1]))

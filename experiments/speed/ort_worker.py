@@ -1,7 +1,6 @@
 """A training step of onnxruntime-training in a process and an environment of its own."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from onnxruntime.training import artifacts
 from onnxruntime.training.api import CheckpointState, Module, Optimizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from experiments.speed.torch_networks import choose, load, without_norms
 from experiments.speed.worker import Made, work
 

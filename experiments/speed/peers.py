@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-FOLDER = Path(__file__).parent
+PACKAGE = "experiments.speed"
 REFERENCE = "jax-full"
 """Whose loss and gradient the others' are compared with."""
 OURS = "pockjax"
+
+Memory = Literal["kept", "hugepages", "plain"]
+"""What the C library does with what is freed: keeps it, takes it anew in huge pages, or small."""
 
 _ON_TRANSFORMERS = "LoRA is timed on transformers alone"
 _NO_LLAMA = "rotary attention is not among Keras's layers, and was not written for it here"
@@ -44,14 +47,12 @@ class Peer:
 
     def command(self, name: str, folder: Path, asked: str) -> list[str]:
         """What starts it."""
-        if not self.environment:
-            return [*self._run, "-m", "experiments.speed.jax_worker", name, str(folder), asked]
-        worker = FOLDER / f"{self.environment}_worker.py"
-        return [*self._run, str(worker), name, str(folder), asked]
+        return self.run(f"{self.environment or 'jax'}_worker", name, str(folder), asked)
 
-    @property
-    def _run(self) -> list[str]:
-        return [str(self.python), "-W", "ignore"]
+    def run(self, module: str, *arguments: str) -> list[str]:
+        """What starts a module of this folder in its environment."""
+        start, module = f"{PACKAGE}.start", f"{PACKAGE}.{module}"
+        return [str(self.python), "-W", "ignore", "-m", start, module, *arguments]
 
     def missing(self, kind: str) -> str | None:
         """Why it cannot be timed on a kind of network; None if it can."""
@@ -94,10 +95,11 @@ class PeerError(RuntimeError):
     """A peer could not do what it was asked; the message is its own last word."""
 
 
-def surroundings(threads: int, huge_pages: bool) -> dict[str, str]:
+def surroundings(threads: int, memory: Memory) -> dict[str, str]:
     """Environment variables that all peers get."""
     given = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
-    if huge_pages:
+    given["POCKJAX_KEEP_MEMORY"] = "1" if memory == "kept" else "0"
+    if memory == "hugepages":
         given["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     return given
 

@@ -1,7 +1,6 @@
 """The problem's networks in PyTorch; imports no JAX, and nothing that one of them does not need."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +154,6 @@ def _build(given: dict[str, Any], **options: Any) -> tuple[nn.Module, str]:
 
         return getattr(torchvision.models, given["model"])(), ""
     if given["model"] == "efficientnet_lite0":
-        sys.path.insert(0, str(Path(__file__).parents[2]))
         from tests.models.oracles.cnn import EfficientNetLite0
 
         return EfficientNetLite0(), ""

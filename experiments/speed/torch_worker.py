@@ -1,14 +1,12 @@
 """A training step of PyTorch, eager or compiled, or of PEFT, in an environment of its own."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from experiments.speed.torch_networks import choose, load
 from experiments.speed.worker import Made, work
 

@@ -1,6 +1,6 @@
 """What all workers do: build a step, say so, and answer what is asked on the standard input.
 
-A worker is started as ``worker NAME FOLDER ASKED``. Asked to "check", it takes one step at a very
+`start` runs a worker with ``NAME FOLDER ASKED``. Asked to "check", it takes one step at a very
 large learning rate and writes its weights down: their change is the gradient of the very program
 that is timed. Asked for "time", it takes as many steps as each line of its input says. Peers have
 environments of their own, so this module imports NumPy alone.

@@ -190,19 +190,21 @@ class Program:
     def compiled(
         self, update: Update, fun: Callable[..., Any] | None = None, batch: Any = None
     ) -> tuple[str, Any]:
-        """The executable of one step, or of another function of state and batches.
+        """The executable of one step, or of another function, on the state's arrays in a row.
 
         Returns:
             The library that computes its products, and the executable.
         """
         # A state goes in where it came out, so the one must be said to be the other.
-        shardings = None if update.shardings is None else (update.shardings, None)
+        shardings = None
+        if update.shardings is not None:
+            shardings = (jax.tree.leaves(update.shardings), None)
         fun = self.function(update) if fun is None else fun
         batch = update.arrays_of(update.batch) if batch is None else batch
         if self.rewriter is not None:
             fun = partial(self.rewriter.run, fun)
-        step = jax.jit(fun, donate_argnums=0, out_shardings=shardings)
-        lowered = step.lower(update.example_state, *batch)
+        step = jax.jit(update.layout.on_rows(fun), donate_argnums=0, out_shardings=shardings)
+        lowered = step.lower(jax.tree.leaves(update.example_state), *batch)
         options = _DEPTH_FIRST if self.depth_first else {}
         if self.library is not None or not self._is_timed(update):
             library = self.library or DEFAULT_LIBRARY
@@ -222,7 +224,7 @@ class Program:
 def _on_zeros(executable: Any, update: Update, batch: Any) -> Callable[[], Any]:
     """A step of arrays of zeros."""
     state, arrays = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, a.dtype), (update.example_state, batch)
+        lambda a: jnp.zeros(a.shape, a.dtype), (jax.tree.leaves(update.example_state), batch)
     )
 
     def run() -> None:
@@ -302,17 +304,32 @@ class Step:
         """Runs one step.
 
         Raises:
-            TypeError: if the batch differs in structure, shape, dtype or constants from what was
-                compiled.
+            TypeError: if the state or the batch differs in structure, shape, dtype or constants
+                from what was compiled.
         """
         arrays = self._update.arrays_of(batch)
         try:
-            return self._compiled(state, *arrays)
+            return self._run(self._compiled, state, arrays)
         except (TypeError, ValueError) as error:
             problem = self._update.difference(batch)
             if problem is None:
                 raise
             raise TypeError(problem) from error
+
+    def _run(self, compiled: Any, state: State, arrays: tuple[Any, ...]) -> tuple[State, Metrics]:
+        """Runs an executable on a state."""
+        layout = self._update.layout
+        row = layout.row(state)
+        if row is None:
+            raise TypeError(self._update.state_difference(state))
+        try:
+            row, metrics = compiled(row, *arrays)
+        except (TypeError, ValueError) as error:
+            problem = self._update.state_difference(state)
+            if problem is None:
+                raise
+            raise TypeError(problem) from error
+        return layout.state(row), metrics
 
     def many(self, state: State, *batches: Any) -> tuple[State, Metrics]:
         """Runs several steps in one call: temporary memory is allocated once for all of them.
@@ -356,7 +373,7 @@ class Step:
                     self._update.arrays_of(self._update.batch),
                 ),
             )
-        return self._many[steps](state, *arrays)
+        return self._run(self._many[steps], state, arrays)
 
     def measure(self, state: State, *batch: Any, steps: int = 20) -> Measurement:
         """Times steps on a copy of a state; from then on the report shows it too.
@@ -376,7 +393,7 @@ class Step:
         def run() -> Any:
             nonlocal state
             state, metrics = self(state, *batch)
-            return state, metrics
+            return state.step, metrics  # the whole state would be built to be waited for
 
         self._measured = measured(run, steps, self._costs[self._chosen].temp_bytes)
         return self._measured
@@ -434,5 +451,5 @@ class Step:
 
     @property
     def compiled(self) -> Any:
-        """The executable, a `jax.stages.Compiled`."""
+        """The executable, a `jax.stages.Compiled` of the state's arrays in a row and the batch."""
         return self._compiled

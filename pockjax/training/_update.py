@@ -26,7 +26,7 @@ from pockjax.masks import apply_updates, pack, resolve
 from pockjax.training._placement import home_of, shardings_of
 from pockjax.training._precision import lowered
 from pockjax.training._schedule import Schedule
-from pockjax.training._state import Metrics, State
+from pockjax.training._state import Layout, Metrics, State
 from pockjax.training._trees import difference, same, shapes_of, unaliased
 
 PyTree = Any
@@ -125,6 +125,11 @@ class Update:
         """In what a batch differs from what was compiled, in words; None if in nothing."""
         advice = "; compile another step for it, or pad the batch"
         return difference(self.batch, batch, "batch argument", advice=advice)
+
+    def state_difference(self, state: Any) -> str | None:
+        """In what a state differs from what was compiled, in words; None if in nothing."""
+        advice = "; begin with Step.init, or compile another step for it"
+        return difference(self.example_state, state, "state", advice=advice)
 
     def step(self, kept: bool, early: bool) -> Callable[..., tuple[State, Metrics]]:
         """The update as a function of state and batch, ready to be compiled.
@@ -268,6 +273,11 @@ class Update:
             self._state_shapes,
             self.shardings,
         )
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The order in which the executable takes and returns the arrays of the state."""
+        return Layout(self._state_shapes)
 
     @cached_property
     def shardings(self) -> State | None:

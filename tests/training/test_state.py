@@ -255,3 +255,79 @@ def test_optimizers_that_ask_for_the_loss(tx: Any, mask: Any) -> None:
 def test_optimizers_that_ask_for_the_function() -> None:
     with pytest.raises(TypeError, match="value_fn.*by name value .the loss. and grad"):
         pj.compile(loss, True, optax.lbfgs(), W, X)
+
+
+# --- trees that are built when they are looked at -------------------------------------------------
+
+
+class _Deep(nnx.Module):
+    def __init__(self, layers: int) -> None:
+        self.scales = nnx.List([nnx.Param(jnp.full((2,), 0.5)) for _ in range(layers)])
+
+    def __call__(self, x: Any) -> Any:
+        return x * sum(scale[...] for scale in self.scales)
+
+
+def _deep(layers: int = 3) -> tuple[Any, Any]:
+    graph, params = nnx.split(_Deep(layers))
+    step = pj.compile(
+        lambda p, x: jnp.mean(nnx.merge(graph, p)(x) ** 2), True, optax.adam(0.1), params, W[:, :2]
+    )
+    return step, step.init(params)
+
+
+def test_steps_build_no_trees_that_nobody_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, state = _deep()
+    built = []
+    state, _ = step(state, W[:, :2])  # the first takes the trees of init apart
+    unflatten = State.__getattr__
+
+    def counted(self: State, name: str) -> Any:
+        built.append(name)
+        return unflatten(self, name)
+
+    monkeypatch.setattr(State, "__getattr__", counted)
+    for _ in range(3):
+        state, _ = step(state, W[:, :2])
+    assert int(state.step) == 4 and not built
+    assert len(jax.tree.leaves(state.params)) == 3 and built == ["params"]
+    assert state.opt_state is state.opt_state and built == ["params"]
+
+
+def test_a_state_is_the_same_whether_its_trees_are_built_or_not() -> None:
+    step, state = _deep()
+    first = jax.tree.structure(state)
+    state, _ = step(state, W[:, :2])
+    copied = pickle.loads(pickle.dumps(state))
+    mapped = jax.tree.map(jnp.copy, state)
+    replaced = state.replace(step=state.step)
+    for other in (copied, mapped, replaced, state):
+        assert jax.tree.structure(other) == first
+        chex.assert_trees_all_equal(other, mapped)
+    after = [jax.device_get(step(jax.tree.map(jnp.copy, s), W[:, :2])[0].params)
+             for s in (copied, mapped, replaced)]  # fmt: skip
+    chex.assert_trees_all_equal(*after)
+
+
+def test_what_is_changed_in_a_built_tree_counts() -> None:
+    tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+    step = pj.compile(loss, True, tx, W, X)
+    state, _ = step(step.init(W), X)
+    before = jnp.copy(state.params)
+    state.opt_state.hyperparams["learning_rate"] = jnp.float32(0.0)
+    state, _ = step(state, X)
+    np.testing.assert_array_equal(state.params, before)
+
+
+def test_states_that_do_not_fit() -> None:
+    step = pj.compile(lambda p, x: loss(p["w"], x), True, optax.sgd(0.1), {"w": W}, X)
+    state, _ = step(step.init({"w": W}), X)
+    with pytest.raises(TypeError, match=r"state differs in structure .*unexpected \['params/v'\]"):
+        step(state.replace(params={**state.params, "v": W}), X)
+    with pytest.raises(TypeError, match=r"state params/w was .*float32\[8, 4\], got float32\[4\]"):
+        step(state.replace(params={"w": W[0]}), X)
+    with pytest.raises(TypeError, match="state differs in structure"):
+        step({"w": W}, X)
+    with pytest.raises(AttributeError, match="a state has no 'parameters'"):
+        _ = getattr(state, "parameters")  # noqa: B009
+    assert_runs(step, state, X)
