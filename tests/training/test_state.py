@@ -280,7 +280,7 @@ def test_steps_build_no_trees_that_nobody_looks_at(monkeypatch: pytest.MonkeyPat
     step, state = _deep()
     built = []
     state, _ = step(state, W[:, :2])  # the first takes the trees of init apart
-    unflatten = State.__getattr__
+    unflatten = getattr(State, "__getattr__")  # noqa: B009
 
     def counted(self: State, name: str) -> Any:
         built.append(name)
@@ -327,7 +327,7 @@ def test_states_that_do_not_fit() -> None:
     with pytest.raises(TypeError, match=r"state params/w was .*float32\[8, 4\], got float32\[4\]"):
         step(state.replace(params={"w": W[0]}), X)
     with pytest.raises(TypeError, match="state differs in structure"):
-        step({"w": W}, X)
+        step({"w": W}, X)  # pyright: ignore[reportArgumentType]
     with pytest.raises(AttributeError, match="a state has no 'parameters'"):
         _ = getattr(state, "parameters")  # noqa: B009
     assert_runs(step, state, X)
