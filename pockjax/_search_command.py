@@ -59,7 +59,7 @@ class SearchConfig:
     steps: int = 8
     seeds: tuple[int, ...] = (0,)
     learning_rate: float = 1e-3
-    remat: bool = True
+    remat: bool = False
     beside: str = "classifier/.*"
     seed: int = 0
     points: int = 8

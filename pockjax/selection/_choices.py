@@ -60,8 +60,13 @@ class Choices:
         self.units = tuple(unit for unit, _ in pairs)
         self.values = np.array([worth for _, worth in pairs])
         members: dict[str, list[int]] = {}
+        # One mask trains one block of an array: layers of a stack that are offered with different
+        # channels exclude each other.
+        cut = {path for unit in self.units if unit.stacked and unit.ratio < 1
+               for path, _ in unit.entries}  # fmt: skip
         for u, unit in enumerate(self.units):
-            members.setdefault(unit.group, []).append(u)
+            stack = next((path for path, _ in unit.entries if unit.stacked and path in cut), None)
+            members.setdefault(stack or unit.group, []).append(u)
         self.groups = tuple(map(tuple, members.values()))
         self._costs = CostModel(fun, tx, params, *self._batch, **options)
         self._predictions: dict[tuple[Chosen, Plan], Prediction] = {}

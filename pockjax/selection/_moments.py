@@ -30,8 +30,8 @@ def moments(
         kinds: ``"mean"``: of the gradient; ``"square"``: of its square, by element;
             ``"potential"``: half that of the square of Σ w·g over a channel, for which gradients
             are those of single examples, along the first axis of every array of a batch.
-        channels: of ``"potential"``, the axes that are kept for a weight. For an array that is not
-            in it, it is half the square of each element's gradient.
+        channels: of ``"potential"``, the axes that are kept for a weight. Of an array that is not
+            in it, every element is a channel.
 
     Returns:
         By kind and path, float32 arrays.
@@ -108,8 +108,6 @@ class _Means:
         return found
 
     def _potential(self, path: str, g: Any, w: Any) -> Any:
-        kept = self._channels.get(path)
-        if kept is None:
-            return jnp.square(g) / 2
+        kept = self._channels.get(path, range(g.ndim))
         others = tuple(d for d in range(g.ndim) if d not in kept)
         return jnp.square((w * g).sum(axis=others, keepdims=True)) / 2

@@ -31,7 +31,7 @@ def search(
     solver: str = "milp",
     tx: optax.GradientTransformation | None = None,
     beside: Any = None,
-    remat: bool = True,
+    remat: bool = False,
     seed: int = 0,
     name: str = "",
     model: str = "",
@@ -58,7 +58,8 @@ def search(
         tx: the optimizer, whose state counts; Adam unless given.
         beside: what is trained in any case, such as a new classifier, in any form that
             `pockjax.mask` takes; units lose what they have of it.
-        remat: whether the backward pass may compute blocks again instead of keeping them.
+        remat: whether the backward pass may compute blocks again instead of keeping them. The
+            scheme then keeps the budget only with the ``remat`` in its notes.
         seed: for solvers that draw. The same seed gives the same scheme, to the bit; where latency
             is bounded, as far as the machine gives the same times.
         name: what the scheme is called.
@@ -106,7 +107,7 @@ class Search:
         *,
         tx: optax.GradientTransformation | None = None,
         beside: Any = None,
-        remat: bool = True,
+        remat: bool = False,
         progress: Progress | None = None,
         solver_options: Mapping[str, Any] | None = None,
         rounds: int = 8,

@@ -220,3 +220,16 @@ def test_what_is_trained_beside_is_in_every_choice():
     step = pj.compile(loss, mask, _TX, params, *batch, **_OPTIONS)
     assert step.report.optimizer_bytes == scheme.notes["compiled"]["optimizer"]
     assert step.report.optimizer_bytes <= scheme.notes["limits"]["optimizer"]
+
+
+def test_layers_of_a_stack_with_parts_of_their_channels():
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 16, 16)) / 4}
+    x = jnp.ones((4, 16))
+
+    def loss(params, x):
+        return jnp.mean(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0] ** 2)
+
+    for ratios, layers in (((1, 0.5), 1), ((1,), 3)):
+        sens = _sensitivity(units(loss, params, x, ratios=ratios))
+        scheme = pj.search(loss, params, (x,), sens, budget=pj.Budget(memory="1GiB"), tx=_TX)
+        assert len(scheme.notes["units"]) == layers

@@ -1,7 +1,5 @@
 """Criteria that read gradients: a few backward passes, nothing is trained."""
 
-from collections import defaultdict
-
 import jax
 import numpy as np
 
@@ -50,37 +48,23 @@ def snr(problem: Problem, seed: int) -> Elements:
 
 @per_element("fisher")
 def fisher(problem: Problem, seed: int) -> Elements:
-    """Fisher potential of the activations over the weight's norm and its multiplications.
+    """Fisher potential of the activations.
 
     TinyTrain (Kwon et al., ICML 2024, arXiv:2307.09988): a channel of activations a with gradient
     g has the potential E[(Σ a·g)²] / 2, the sum over positions, the mean over examples. For the
     activations that a weight w reads or makes that sum is Σ w·∂L/∂w over the channel's weights, so
-    gradients of single examples tell it. The norm and the multiplications are taken relative to
-    the largest of all weights. Biases and scales of norms, of which the paper says nothing, are
-    worth their Fisher information, E[g²] / 2, with nothing to divide by.
+    gradients of single examples tell it; each element of a bias or a scale is a channel. TinyTrain
+    ranks layers by potential over weight norm and multiplications. Here nothing is divided: what a
+    unit costs is what a budget is about, and of two units with one potential the cheaper one would
+    be worth more even where both fit. Sums of such ratios say nothing, either: one table that is
+    only looked up has hardly any multiplications, and would outweigh the rest of a network.
     """
     channels = _channels(problem)
     found = moments(problem, seed, ("potential",), channels)["potential"]
-    macs: dict[str, int] = defaultdict(int)
-    stacked: dict[str, int] = {}
-    for unit in problem.units:
-        for path, _ in unit.entries:
-            macs[path] = max(macs[path], unit.macs)
-            stacked[path] = len(unit.stacked)
-    norms = {
-        path: np.sqrt(np.square(w).sum(axis=tuple(range(stacked[path], w.ndim)), keepdims=True))
-        for path, w in problem.weights.items()
-    }
-    weights = [path for path in found if macs[path]]
-    largest_norm = max((float(norms[path].max()) for path in weights), default=1.0)
-    largest_macs = max((macs[path] for path in weights), default=1)
 
     def element(path: str, potential: np.ndarray) -> np.ndarray:
         shape = problem.shapes[path]
-        spread = np.broadcast_to(potential, shape) * (potential.size / max(np.prod(shape), 1))
-        if path not in weights:
-            return spread
-        return spread / (norms[path] / largest_norm * macs[path] / largest_macs)
+        return np.broadcast_to(potential, shape) * (potential.size / max(np.prod(shape), 1))
 
     return {path: element(path, potential) for path, potential in found.items()}
 
