@@ -11,7 +11,7 @@ from pockjax.selection.solvers._registry import register
 
 
 @register("milp")
-def solve(problem: Problem, *, seed: int = 0, seconds: float = 60.0) -> Solution:
+def solve(problem: Problem, *, seed: int = 0, nodes: int = 5000) -> Solution:
     """Chooses what is worth most, and proves it, with SciPy's HiGHS.
 
     A binary x for each unit, and z for each level that the backward pass may reach: z[l] <= z[l-1],
@@ -21,8 +21,8 @@ def solve(problem: Problem, *, seed: int = 0, seconds: float = 60.0) -> Solution
     Args:
         problem: what to choose from.
         seed: not used; there is nothing to draw.
-        seconds: after which to stop at the best choice so far; its ``gap`` says how far from the
-            best it may be.
+        nodes: of the search tree, after which to stop at the best choice so far; its ``gap`` says
+            how far from the best it may be. Not a time, so that every machine finds the same.
 
     Raises:
         InfeasibleError: nothing fits.
@@ -32,7 +32,7 @@ def solve(problem: Problem, *, seed: int = 0, seconds: float = 60.0) -> Solution
     forbidden = set(problem.forbidden)
     limits = np.array([cost.limit - cost.base for cost in problem.costs])
     while True:
-        chosen, gap = _solved(problem, limits, forbidden, seconds)
+        chosen, gap = _solved(problem, limits, forbidden, nodes)
         exceeded = [problem.cost(cost, chosen) > cost.limit for cost in problem.costs]
         if not any(exceeded):
             return Solution.of(problem, chosen, gap)
@@ -41,7 +41,7 @@ def solve(problem: Problem, *, seed: int = 0, seconds: float = 60.0) -> Solution
 
 
 def _solved(
-    problem: Problem, limits: np.ndarray, forbidden: set[frozenset[int]], seconds: float
+    problem: Problem, limits: np.ndarray, forbidden: set[frozenset[int]], nodes: int
 ) -> tuple[tuple[int, ...], float]:
     n, n_levels = len(problem.values), int(problem.levels.max()) + 1
     rows: list[tuple[dict[int, float], float, float]] = []  # coefficients, lower, upper
@@ -77,7 +77,7 @@ def _solved(
             lower,
             upper,
         ),
-        options={"time_limit": seconds, "mip_rel_gap": 0.0},
+        options={"node_limit": nodes, "mip_rel_gap": 0.0},
     )
     if result.x is None:
         raise InfeasibleError(f"no choice keeps the limits ({result.message})")
