@@ -118,6 +118,9 @@ class Program:
         results = [v for v in outs if v is not None]
         for value in results:
             value.held = value.held or results_held
+        for op in reversed(self.ops):  # what passes a barrier is the same array
+            if op.kind == "passed":
+                op.reads[0].held = op.reads[0].held or op.makes[0].held
         self._add("result", "result", results, [])
         self._decide()
 
