@@ -40,9 +40,9 @@ TABLE = {
     "mobilenet_v2": Problem("mobilenet_v2", "", 8, 128),
     "mcunet": Problem("mcunet-5fps", "", 8, 128),
     "efficientnet_lite0": Problem("efficientnet_lite0", "", 8, 128),
-    "resnet50": Problem("resnet50", "", 8, 128),
-    "minilm": Problem("all-minilm-l6-v2", "", 16, 128),
-    "smollm2_135m": Problem("smollm2-135m", "", 1, 256),
+    "resnet50": Problem("resnet50", "", 8, 64),
+    "minilm": Problem("all-minilm-l6-v2", "", 4, 64),
+    "smollm2_135m": Problem("smollm2-135m", "", 1, 64),
 }
 SMALL = ("mlp", "tanh_mlp", "conv_net", "transformer", "scanned_transformer")
 

@@ -41,6 +41,7 @@ _INDEXED = frozenset(
     slice split stack transpose
     """.split()
 )
+_SPREAD = frozenset(["broadcast_in_dim", "iota"])
 _MOST_USERS = 3  # for which a function is computed anew
 _INLINED = frozenset("jit remat2 checkpoint custom_jvp_call custom_vjp_call closed_call".split())
 
@@ -113,6 +114,7 @@ class Program:
         """
         self.ops: list[Op] = []
         self._known: dict[Op, tuple[Value, ...]] = {}
+        self._spreads: dict[tuple[Value, tuple[int, ...]], Value] = {}
         self.arguments = [self._argument(v) for v in jaxpr.invars]
         outs = self._follow(jaxpr, self.arguments)
         results = [v for v in outs if v is not None]
@@ -180,6 +182,8 @@ class Program:
             found = [Value(4 * math.prod(known[0].shape), known[0].shape) for _ in places]
             self._add("reduce_window", "whole", [source, *places], found)
             known = [self._loop("concatenate", found, (len(found), *known[0].shape), 4), known[0]]
+        if name in _ELEMENTWISE:
+            known = [self._spread(v, outs[0].shape) for v in known]
         kind = "loop" if name in _ELEMENTWISE | _INDEXED else "whole"
         if name.startswith(("reduce_", "arg")) and not name.startswith("reduce_window"):
             kind = "reduce" if name != "reduce_precision" else "loop"
@@ -197,6 +201,16 @@ class Program:
         out = Value(itemsize * math.prod(shape), shape)
         self._add(name, "loop", reads, [out])
         return out
+
+    def _spread(self, value: Value, shape: tuple[int, ...]) -> Value:
+        """A value along the axes where it is implicitly repeated."""
+        size = math.prod(value.shape)
+        if size in (1, math.prod(shape)):
+            return value
+        if (value, shape) not in self._spreads:
+            itemsize = value.bytes // size
+            self._spreads[value, shape] = self._loop("broadcast_in_dim", [value], shape, itemsize)
+        return self._spreads[value, shape]
 
     def _copied(self, value: Value, needed: bool) -> Value:
         """A transposed copy, if one is needed."""
@@ -220,7 +234,9 @@ class Program:
         constants: dict[Any, Value] = {}
         for op in reversed(self.ops):
             by = {u if u.kind == "reduce" else u.reduced for v in op.makes for u in v.users}
-            if op.kind == "loop" or op.name == "dot_general":
+            # What a reduction takes in are functions; what they are applied to must be written.
+            taken = op.kind == "loop" and op.name not in _SPREAD
+            if taken or op.name == "dot_general":
                 op.reduced = by.pop() if len(by) == 1 else None
             for value in op.makes:
                 value.written = op.reduced is None and (op.kind != "loop" or _is_written(op, value))
@@ -264,7 +280,8 @@ def _fused(value: Value, reader: Op) -> bool:
     if value.op.kind != "loop":
         return False
     # What is written for somebody else is still computed anew by those it can be fused into.
-    again = value.op.name not in _EXPENSIVE and len(value.users) <= _MOST_USERS
+    few = len(value.users) <= _MOST_USERS or value.op.name in _SPREAD
+    again = value.op.name not in _EXPENSIVE and few
     loop = reader.kind == "loop" and reader.reduced is None
     return loop and again and _is_unary(value.op, value)
 
@@ -273,9 +290,12 @@ def _is_written(op: Op, value: Value) -> bool:
     users = value.users
     if any(u.kind in ("whole", "barrier", "result", "passed") for u in users):
         return True
+    if op.name in _SPREAD:
+        scaling = any(math.prod(v.shape) > 1 for v in op.reads)
+        return scaling and any(u.name == "mul" and u.reduced and u.makes[0] in u.reduced.reads for u in users)
     if any(u.kind == "reduce" or u.reduced for u in users) and len(users) > 1:
-        return op.name != "broadcast_in_dim"
-    if op.name not in ("broadcast_in_dim", "iota") and len(users) > _MOST_USERS:
+        return True
+    if op.name not in _SPREAD and len(users) > _MOST_USERS:
         return True
     return op.name in _EXPENSIVE and len(users) > 1
 
@@ -283,7 +303,7 @@ def _is_written(op: Op, value: Value) -> bool:
 def _is_unary(op: Op, value: Value) -> bool:
     """Whether computing it anew reads no more than one array of its size, or no more bytes."""
     size = math.prod(value.shape)
-    spread = [v.op is not None and v.op.name in ("broadcast_in_dim", "iota") for v in op.reads]
+    spread = [v.op is not None and v.op.name in _SPREAD for v in op.reads]
     large = [
         v
         for v, small in zip(op.reads, spread, strict=True)
