@@ -33,6 +33,7 @@ from pockjax.selection import search as search
 from pockjax.selection import sensitivity as sensitivity
 from pockjax.selection import union as union
 from pockjax.selection import units as units
+from pockjax.training import CostModel as CostModel
 from pockjax.training import Fit as Fit
 from pockjax.training import Measurement as Measurement
 from pockjax.training import Metrics as Metrics

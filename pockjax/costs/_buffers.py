@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dtype_of, shape_of, subjaxprs
 from pockjax.autodiff import size_in_bytes
 
@@ -42,6 +44,8 @@ _INDEXED = frozenset(
     """.split()
 )
 _SPREAD = frozenset(["broadcast_in_dim", "iota"])
+# YNNPACK has no such functions: reductions of them are loops, which repeat numbers themselves.
+_CHOOSING = frozenset("and eq ge gt le lt ne not or select_n xor".split())
 _MOST_USERS = 3  # for which a function is computed anew
 _INLINED = frozenset("jit remat2 checkpoint custom_jvp_call custom_vjp_call closed_call".split())
 
@@ -78,7 +82,6 @@ class Op:
         reads: its operands.
         makes: its results.
         inner_bytes: of arrays that live while it runs.
-        literals: numbers among its operands.
         reduced: the reduction that takes it in, if one does.
     """
 
@@ -87,7 +90,6 @@ class Op:
     reads: list[Value]
     makes: list[Value]
     inner_bytes: int = 0
-    literals: tuple[Any, ...] = ()
     reduced: "Op | None" = None
 
     @property
@@ -114,7 +116,7 @@ class Program:
         """
         self.ops: list[Op] = []
         self._known: dict[Op, tuple[Value, ...]] = {}
-        self._spreads: dict[tuple[Value, tuple[int, ...]], Value] = {}
+        self._spreads: dict[tuple[Any, ...], Value] = {}
         self.arguments = [self._argument(v) for v in jaxpr.invars]
         outs = self._follow(jaxpr, self.arguments)
         results = [v for v in outs if v is not None]
@@ -141,6 +143,11 @@ class Program:
         for eqn in jaxpr.eqns:
             ins = [read(atom) for atom in eqn.invars]
             name = eqn.primitive.name
+            if name == "broadcast_in_dim" and len(ins) == 1 and not _is_view(eqn, ins):
+                [atom], [out] = eqn.invars, eqn.outvars
+                axes = eqn.params["broadcast_dimensions"]
+                env[out] = self._spread(atom, ins[0], shape_of(out), axes)
+                continue
             if _is_view(eqn, ins) or (name == "transpose" and eqn.outvars[0] in turned):
                 env[eqn.outvars[0]] = ins[0]
                 continue
@@ -182,8 +189,8 @@ class Program:
             found = [Value(4 * math.prod(known[0].shape), known[0].shape) for _ in places]
             self._add("reduce_window", "whole", [source, *places], found)
             known = [self._loop("concatenate", found, (len(found), *known[0].shape), 4), known[0]]
-        if name in _ELEMENTWISE:
-            known = [self._spread(v, outs[0].shape) for v in known]
+        if name in _ELEMENTWISE and outs[0].shape:
+            known = self._repeated(eqn, ins, outs[0].shape)
         kind = "loop" if name in _ELEMENTWISE | _INDEXED else "whole"
         if name.startswith(("reduce_", "arg")) and not name.startswith("reduce_window"):
             kind = "reduce" if name != "reduce_precision" else "loop"
@@ -193,24 +200,45 @@ class Program:
 
             inner = max(peak_bytes(body, results_held=name != "scan") for body in bodies)
         self._add(name, kind, known, outs, inner)
-        if name in _ELEMENTWISE and outs[0].shape:
-            scalars = [a for a in eqn.invars if isinstance(a, Literal)]
-            self.ops[-1].literals = tuple(float(a.val) for a in scalars)
 
     def _loop(self, name: str, reads: list[Value], shape: tuple[int, ...], itemsize: int) -> Value:
         out = Value(itemsize * math.prod(shape), shape)
         self._add(name, "loop", reads, [out])
         return out
 
-    def _spread(self, value: Value, shape: tuple[int, ...]) -> Value:
-        """A value along the axes where it is implicitly repeated."""
-        size = math.prod(value.shape)
-        if size in (1, math.prod(shape)):
-            return value
-        if (value, shape) not in self._spreads:
-            itemsize = value.bytes // size
-            self._spreads[value, shape] = self._loop("broadcast_in_dim", [value], shape, itemsize)
-        return self._spreads[value, shape]
+    def _repeated(
+        self, eqn: JaxprEqn, ins: list[Value | None], shape: tuple[int, ...]
+    ) -> list[Value]:
+        """Operands, repeated explicitly where the equation repeats them; XLA has each once."""
+        found = []
+        for atom, value in zip(eqn.invars, ins, strict=True):
+            if shape_of(atom) != shape:
+                value = self._spread(atom, value, shape, range(len(shape_of(atom))))
+            if value is not None:
+                found.append(value)
+        if eqn.primitive.name == "one_minus_square":
+            found.append(self._constant(1.0, shape, dtype_of(eqn.invars[0]).itemsize))
+        return found
+
+    def _spread(
+        self, atom: Any, value: Value | None, shape: tuple[int, ...], axes: Iterable[int]
+    ) -> Value:
+        """An array, or a number, along the axes where it is repeated."""
+        itemsize = dtype_of(atom).itemsize
+        if value is None:
+            return self._constant(np.asarray(atom.val).item(), shape, itemsize)
+        own = tuple(a for a, n in zip(axes, shape_of(atom), strict=True) if n != 1)
+        key = (value, shape, itemsize, own)
+        if key not in self._spreads:
+            self._spreads[key] = self._loop("broadcast_in_dim", [value], shape, itemsize)
+        return self._spreads[key]
+
+    def _constant(self, number: Any, shape: tuple[int, ...], itemsize: int) -> Value:
+        """An array of one number."""
+        key = (number, shape, itemsize)
+        if key not in self._spreads:
+            self._spreads[key] = self._loop("broadcast_in_dim", [], shape, itemsize)
+        return self._spreads[key]
 
     def _copied(self, value: Value, needed: bool) -> Value:
         """A transposed copy, if one is needed."""
@@ -231,27 +259,13 @@ class Program:
         self.ops.append(op)
 
     def _decide(self) -> None:
-        constants: dict[Any, Value] = {}
         for op in reversed(self.ops):
             by = {u if u.kind == "reduce" else u.reduced for v in op.makes for u in v.users}
-            # What a reduction takes in are functions; what they are applied to must be written.
-            taken = op.kind == "loop" and op.name not in _SPREAD
-            if taken or op.name == "dot_general":
+            # A reduction takes in what nobody else reads.
+            if op.kind == "loop" or op.name == "dot_general":
                 op.reduced = by.pop() if len(by) == 1 else None
             for value in op.makes:
                 value.written = op.reduced is None and (op.kind != "loop" or _is_written(op, value))
-            # A reduction takes in functions, but no constants that they are applied to.
-            for literal in op.literals if op.reduced is not None else ():
-                [value] = op.makes
-                key = (literal, value.shape, value.bytes)
-                if key not in constants:
-                    constants[key] = Value(value.bytes, value.shape, written=True)
-                by_reduction = op.reduced
-                assert by_reduction is not None
-                by_reduction.reads.append(constants[key])
-        for value in constants.values():
-            value.op = Op("constant", "loop", [], [value])
-            self.ops.insert(0, value.op)
 
     def sources(self, op: Op) -> list[Value]:
         """The written arrays that an operation reads, itself or through what is fused into it."""
@@ -290,10 +304,10 @@ def _is_written(op: Op, value: Value) -> bool:
     users = value.users
     if any(u.kind in ("whole", "barrier", "result", "passed") for u in users):
         return True
-    if op.name in _SPREAD:
-        scaling = any(math.prod(v.shape) > 1 for v in op.reads)
-        return scaling and any(u.name == "mul" and u.reduced and u.makes[0] in u.reduced.reads for u in users)
-    if any(u.kind == "reduce" or u.reduced for u in users) and len(users) > 1:
+    taken = [u for u in users if u.kind == "reduce" or u.reduced]
+    if op.name in _SPREAD:  # what others read too stays outside of a reduction
+        return any(u.name not in _CHOOSING for u in taken)
+    if taken and len(users) > 1:
         return True
     if op.name not in _SPREAD and len(users) > _MOST_USERS:
         return True
@@ -303,13 +317,13 @@ def _is_written(op: Op, value: Value) -> bool:
 def _is_unary(op: Op, value: Value) -> bool:
     """Whether computing it anew reads no more than one array of its size, or no more bytes."""
     size = math.prod(value.shape)
-    spread = [v.op is not None and v.op.name in _SPREAD for v in op.reads]
-    large = [
-        v
-        for v, small in zip(op.reads, spread, strict=True)
-        if not small and math.prod(v.shape) >= size
+    reads = [
+        r
+        for v in op.reads
+        for r in (v.op.reads if v.op is not None and v.op.name in _SPREAD else [v])
     ]
-    return len(large) <= 1 or sum(math.prod(v.shape) for v in op.reads) <= size
+    sizes = [math.prod(v.shape) for v in reads]
+    return sum(n >= size for n in sizes) <= 1 or sum(sizes) <= size
 
 
 def _read_by_products(jaxpr: Jaxpr) -> set[Var]:

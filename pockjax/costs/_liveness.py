@@ -90,7 +90,7 @@ def packed_bytes(found: list[Interval]) -> int:
     """The memory that intervals take when the largest is placed first, each where it fits best."""
     if not found:
         return 0
-    by_size = sorted(found, key=lambda x: (-x.bytes, x.start - x.end, x.start))
+    by_size = sorted(found, key=lambda x: (-x.bytes, x.start))
     by_time = sorted(found, key=lambda x: (x.start - x.end, -x.bytes, x.start))
     return min(_packed(by_size), _packed(by_time))
 

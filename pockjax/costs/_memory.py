@@ -69,8 +69,11 @@ def predict_temp_bytes(jaxpr: Jaxpr) -> int:
     counted.
 
     >>> import jax, jax.numpy as jnp
-    >>> argument_only = jax.make_jaxpr(lambda x: x + 1)(jnp.ones(64))
-    >>> predict_temp_bytes(argument_only)
-    0
+    >>> two_layers = lambda x, w: jnp.tanh(x @ w) @ w
+    >>> x, w = jnp.ones((256, 64)), jnp.ones((64, 64))
+    >>> predict_temp_bytes(jax.make_jaxpr(two_layers)(x, w))  # tanh overwrites the product
+    65536
+    >>> CompiledCost.of(jax.jit(two_layers).lower(x, w).compile()).temp_bytes
+    65536
     """
     return peak_bytes(jaxpr)

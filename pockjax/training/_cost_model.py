@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from pockjax._compat import Jaxpr
-from pockjax.autodiff import IndexedMask, Plan, inlined, is_array
+from pockjax.autodiff import IndexedMask, Joint, Plan, inlined, is_array
 from pockjax.costs import (
     CompiledCost,
     Prediction,
@@ -23,9 +23,10 @@ from pockjax.costs import (
     tree_bytes,
     work_of,
 )
-from pockjax.masks import pack, resolve
+from pockjax.masks import resolve
 from pockjax.rewrites import BACKENDS, Rewriter
-from pockjax.training._step import Step, compile
+from pockjax.training._step import Step
+from pockjax.training._step import compile as compile_step
 from pockjax.training._trees import check_batch, shapes_of
 from pockjax.training._update import Update
 
@@ -68,6 +69,8 @@ class CostModel:
         merge_aux: Callable[[PyTree, PyTree], PyTree] | None = None,
         residuals: str = "kept",
         rewrites: str = "measured",
+        updates: str = "early",
+        frozen_dtype: Any = None,
     ):
         """Takes what `compile` takes, without the mask.
 
@@ -83,13 +86,16 @@ class CostModel:
         check_batch(batch, accumulate)
         nothing = IndexedMask.of(False)
         self._update = Update(
-            fun, nothing, tx, shapes_of(params), batch, has_aux, accumulate, key, merge_aux
-        )
-        self._kept = residuals != "xla"
+            fun, nothing, tx, shapes_of(params), batch, has_aux, accumulate, key, merge_aux,
+            None if frozen_dtype is None else jnp.dtype(frozen_dtype),
+        )  # fmt: skip
+        self._variants = {"auto": (True, False), "kept": (True,), "xla": (False,)}[residuals]
+        self._early = updates == "early"
         self._rewrites = rewrites
         self._options: dict[str, Any] = {
             "has_aux": has_aux, "accumulate": accumulate, "key": key, "merge_aux": merge_aux,
-            "residuals": residuals, "rewrites": rewrites,
+            "residuals": residuals, "rewrites": rewrites, "updates": updates,
+            "frozen_dtype": frozen_dtype,
         }  # fmt: skip
         self.probes: list[Probe] = []
         self._correction = np.array([1.0, 0.0])
@@ -105,7 +111,8 @@ class CostModel:
         """The update of a mask; shares the trace of the loss."""
         resolve(self._update.params, mask)
         update = replace(self._update, mask=IndexedMask.of(mask), remat=remat)
-        update.__dict__["primal"] = self._update.primal
+        if update.frozen_dtype is None:  # otherwise the trace depends on what is frozen
+            update.__dict__["primal"] = self._update.primal
         return update
 
     def predict(self, mask: PyTree, remat: Plan | bool = ()) -> Prediction:
@@ -119,26 +126,39 @@ class CostModel:
             MaskError: if the mask does not fit the parameters.
         """
         update = self._update_of(mask, remat)
-        jaxpr = self._jaxpr(update)
-        joint, params = update.joint, update.primal.params
-        passes, n_params = joint.passes, len(params.arrays)
-        kept = passes.forward.out_avals[joint.n_forward_out :]
-        held = [joint.inputs[i] for i in passes.kept_inputs if i >= n_params]
-        packed = jax.eval_shape(lambda arrays: pack(params.tree(arrays), mask), params.arrays)
+        jaxpr, predicted = self._best(update)
         arguments = tree_bytes(jaxpr.in_avals)
         results = tree_bytes(jaxpr.out_avals) - tree_bytes(update.example_state)
         slope, offset = self._correction
-        temp = max(int(slope * predict_temp_bytes(jaxpr) + offset), 0)
+        temp = max(int(slope * predicted + offset), 0)
         return Prediction(
             memory_bytes=arguments + results + temp,
             argument_bytes=arguments,
             temp_bytes=temp,
-            residual_bytes=tree_bytes([*kept, *held]),
+            residual_bytes=_residual_bytes(update.joint),
             optimizer_bytes=tree_bytes(update.example_state.opt_state),
-            gradient_bytes=tree_bytes(packed),
+            gradient_bytes=_gradient_bytes(update.joint),
             flops=count_flops(jaxpr),
             seconds=None if self._rates is None else self._rates.of(work_of(jaxpr)),
         )
+
+    def compile(self, mask: PyTree, remat: Plan | bool = ()) -> Step:
+        """The compiled step of a mask; its report has the prediction beside it.
+
+        Args:
+            mask: what to train, see `pockjax.compile`.
+            remat: what the backward pass computes again, see `pockjax.compile`.
+
+        Raises:
+            MaskError: if the mask does not fit the parameters.
+        """
+        step = self._compiled(mask, remat)
+        step.predicted = self.predict(mask, remat)
+        return step
+
+    def _compiled(self, mask: PyTree, remat: Plan | bool = ()) -> Step:
+        u = self._update
+        return compile_step(u.fun, mask, u.tx, u.params, *u.batch, remat=remat, **self._options)
 
     def best_plan(self, mask: PyTree) -> Plan:
         """The blocks to compute again so that a mask's backward pass keeps the fewest bytes."""
@@ -151,14 +171,12 @@ class CostModel:
             masks: three to five, from the cheapest to the dearest; more are better.
             repeats: how often each is run, in turn.
         """
-        update, options = self._update, self._options
-        steps = [
-            compile(update.fun, mask, update.tx, update.params, *update.batch, **options)
-            for mask in masks
-        ]
-        traced = [self._jaxpr(self._update_of(mask)) for mask in masks]
-        for step, jaxpr, seconds in zip(steps, traced, _timed(steps, repeats), strict=True):
-            cost, predicted = CompiledCost.of(step.compiled), predict_temp_bytes(jaxpr)
+        steps = [self._compiled(mask) for mask in masks]
+        traced = [self._best(self._update_of(mask)) for mask in masks]
+        for step, (jaxpr, predicted), seconds in zip(
+            steps, traced, _timed(steps, repeats), strict=True
+        ):
+            cost = CompiledCost.of(step.compiled)
             self.probes.append(Probe(predicted, cost, seconds, work_of(jaxpr)))
         self._correction = self.correction(
             np.array([float(p.predicted) for p in self.probes]),
@@ -191,13 +209,24 @@ class CostModel:
     def separable(self, masks: Sequence[PyTree], depths: Sequence[int]) -> Separable:
         """The cost of units as sums, for a linear solver.
 
-        Takes one prediction for each unit.
+        At each depth the unit with the smallest gradient is predicted; what the others there cost
+        beyond it is counted from their gradients alone, which takes a fraction of the time.
 
         Args:
             masks: each trains one unit and nothing else.
             depths: of each, how far down the backward pass has to go; the input is 0.
         """
-        alone = [self.predict(mask) for mask in masks]
+        updates = [self._update_of(mask) for mask in masks]
+        sizes = [_gradient_bytes(update.joint) for update in updates]
+        found: dict[int, Prediction] = {}
+        for depth in set(depths):
+            first, *others = sorted(
+                (i for i, d in enumerate(depths) if d == depth), key=sizes.__getitem__
+            )
+            found[first] = self.predict(masks[first])
+            for i in others:
+                found[i] = self._beside(found[first], updates[first], updates[i])
+        alone = [found[i] for i in range(len(masks))]
         jaxpr = inlined(self._update.primal.jaxpr)
         state = tree_bytes(self._update.params) + tree_bytes(self._update.batch)
         base = {
@@ -210,13 +239,52 @@ class CostModel:
         base = {name: min(v, *(getattr(p, name) for p in alone)) for name, v in base.items()}
         return Separable.fitted(base, alone, depths)
 
-    def _jaxpr(self, update: Update) -> Jaxpr:
+    def _beside(self, known: Prediction, its: Update, update: Update) -> Prediction:
+        """The prediction of a mask whose backward pass goes as far down as that of another."""
+        old, new = its.joint, update.joint
+        residuals = _residual_bytes(new) - _residual_bytes(old)
+        optimizer = tree_bytes(update.example_state.opt_state) - known.optimizer_bytes
+        seconds = known.seconds
+        if self._rates is not None and seconds is not None:
+            work = work_of(inlined(new.jaxpr)) - work_of(inlined(old.jaxpr))
+            seconds += self._update.accumulate * float(work @ self._rates.seconds)
+        flops = self._update.accumulate * (count_flops(new.jaxpr) - count_flops(old.jaxpr))
+        return replace(
+            known,
+            memory_bytes=known.memory_bytes + residuals + optimizer,
+            argument_bytes=known.argument_bytes + optimizer,
+            temp_bytes=known.temp_bytes + residuals,
+            residual_bytes=known.residual_bytes + residuals,
+            optimizer_bytes=known.optimizer_bytes + optimizer,
+            gradient_bytes=_gradient_bytes(new),
+            flops=known.flops + flops,
+            seconds=seconds,
+        )
+
+    def _best(self, update: Update) -> tuple[Jaxpr, int]:
+        """The variant that `compile` would choose, and the bytes of its intermediate arrays."""
+        found = [self._jaxpr(update, kept) for kept in self._variants]
+        return min(((j, predict_temp_bytes(j)) for j in found), key=lambda pair: pair[1])
+
+    def _jaxpr(self, update: Update, kept: bool = True) -> Jaxpr:
         """The whole step, as it would be handed to XLA."""
-        step = update.step(self._kept, early=True)
+        step = update.step(kept, self._early)
         jaxpr = jax.make_jaxpr(step)(update.example_state, *update.arrays_of(update.batch))
         if self._rewriter is not None:
             jaxpr = self._rewriter.rewritten(jaxpr)
         return inlined(jaxpr)
+
+
+def _residual_bytes(joint: Joint) -> int:
+    """What the backward pass keeps from the forward pass, parameters aside."""
+    passes, n_params = joint.passes, len(joint.primal.params.arrays)
+    kept = passes.forward.out_avals[joint.n_forward_out :]
+    held = [joint.inputs[i] for i in passes.kept_inputs if i >= n_params]
+    return tree_bytes([*kept, *held])
+
+
+def _gradient_bytes(joint: Joint) -> int:
+    return tree_bytes(joint.jaxpr.out_avals[joint.n_forward_out :])
 
 
 def _timed(steps: Sequence[Step], repeats: int) -> list[float]:

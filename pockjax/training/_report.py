@@ -11,13 +11,14 @@ from pockjax._paths import flatten_with_paths
 from pockjax.autodiff import Fallback, Joint, differentiate, inlined
 from pockjax.costs import (
     CompiledCost,
+    Prediction,
     count_flops,
     predict_temp_bytes,
     reached_params,
     tree_bytes,
 )
 from pockjax.masks import describe, pack
-from pockjax.rewrites import DEFAULT_LIBRARY, Choice
+from pockjax.rewrites import DEFAULT_LIBRARY, Choice, Rewriter
 from pockjax.training._measure import Measurement
 from pockjax.training._update import Update
 
@@ -77,6 +78,7 @@ class Report:
         rewrites: the form that was chosen for each convolution, and what each form takes here.
         library: what computes matrix products.
         measured: time and page faults, once `Step.measure` was called.
+        expected: what a cost model predicted, if it compiled the step (see `CostModel.compile`).
     """
 
     predicted: Estimate
@@ -91,6 +93,14 @@ class Report:
     rewrites: tuple[Choice, ...] = ()
     library: str | None = None
     measured: Measurement | None = None
+    expected: Prediction | None = None
+
+    @property
+    def predicted_total_bytes(self) -> int:
+        """Predicted memory of a step, to stand beside ``compiled.total_bytes``."""
+        if self.expected is not None:
+            return self.expected.memory_bytes
+        return self.compiled.total_bytes - self.compiled.temp_bytes + self.temp_bytes
 
     @property
     def residual_bytes(self) -> int:
@@ -126,6 +136,7 @@ class Report:
             "library": self.library,
             "rewrites": [asdict(choice) for choice in self.rewrites],
             "measured": None if self.measured is None else asdict(self.measured),
+            "expected": None if self.expected is None else self.expected.as_dict(),
         }
 
     def to_json(self) -> str:
@@ -182,7 +193,8 @@ class Report:
         return Group(table, *self._notes())
 
     def _notes(self) -> list[str]:
-        c, temp = self.compiled, _quantity(self.temp_bytes, "B")
+        c, expected = self.compiled, self.expected
+        temp = self.temp_bytes if expected is None else expected.temp_bytes
         total, arguments, results, alias, temporary = (
             _quantity(n, "B")
             for n in (
@@ -192,7 +204,9 @@ class Report:
         backward, activations = len(self.dropped_backward), len(self.dropped_activations)
         notes = [
             f"Compiled: {total} = arguments {arguments} + results {results} - in place {alias} + "
-            f"temporary {temporary} (predicted {temp}); residuals: {self.residuals}.",
+            f"temporary {temporary}; residuals: {self.residuals}.",
+            f"Predicted: {_quantity(self.predicted_total_bytes, 'B')}, of which temporary "
+            f"{_quantity(temp, 'B')}{_milliseconds(expected)}.",
             f"Of {len(self.rows)} parameter arrays, {backward} have no backward pass and for "
             f"{activations} no activation is saved.",
         ]
@@ -211,6 +225,12 @@ class Report:
             notes.append("Computed wider than asked, then sliced:")
             notes += [f"  {fallback}" for fallback in self.fallbacks]
         return notes
+
+
+def _milliseconds(expected: Prediction | None) -> str:
+    if expected is None or expected.seconds is None:
+        return ""
+    return f"; {1e3 * expected.seconds:.3g} ms a step"
 
 
 def _quantity(value: float, unit: str) -> str:
@@ -236,18 +256,20 @@ def make_report(
     rewrites: tuple[Choice, ...] = (),
     early: bool = True,
     library: str | None = None,
+    rewriter: Rewriter | None = None,
 ) -> Report:
     """Counts, predicts and compares; traces nothing of the user's function again."""
     mask = update.mask.tree(update.mask.indices)
     traced = jax.make_jaxpr(update.step(chosen != "xla", early))(
         update.example_state, *update.arrays_of(update.batch)
     )
+    rewritten = traced if rewriter is None else rewriter.rewritten(traced)
     return Report(
         predicted=_estimate(update, update.joint, mask),
         full=_estimate(update, differentiate(update.primal, True), True),
         compiled=costs[chosen],
         flops=count_flops(traced),
-        temp_bytes=predict_temp_bytes(inlined(traced)),
+        temp_bytes=predict_temp_bytes(inlined(rewritten)),
         residuals=chosen,
         variants={name: cost.total_bytes for name, cost in costs.items()},
         rows=_rows(update, mask),

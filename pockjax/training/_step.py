@@ -12,7 +12,7 @@ import optax
 
 from pockjax._allocator import advise
 from pockjax.autodiff import IndexedMask, Plan, is_array
-from pockjax.costs import CompiledCost, count_flops
+from pockjax.costs import CompiledCost, Prediction, count_flops
 from pockjax.masks import MaskError, pack, resolve
 from pockjax.rewrites import (
     BACKENDS,
@@ -238,6 +238,9 @@ class Step:
     """A compiled training step, made by `compile`.
 
     ``state, metrics = step(state, *batch)`` runs it. The state is donated: use the one returned.
+
+    Attributes:
+        predicted: what a cost model expected of it, see `CostModel.compile`.
     """
 
     def __init__(
@@ -253,6 +256,7 @@ class Step:
         self._program = program
         self._many: dict[int, Any] = {}
         self._measured: Measurement | None = None
+        self.predicted: Prediction | None = None
         self._compiled, self._update = compiled, update
         self._costs, self._chosen, self._rewrites = costs, chosen, rewrites
 
@@ -431,7 +435,7 @@ class Step:
     @property
     def report(self) -> Report:
         """What the step costs, predicted and compiled, and what was left out and why."""
-        return replace(self._report, measured=self._measured)
+        return replace(self._report, measured=self._measured, expected=self.predicted)
 
     @cached_property
     def _report(self) -> Report:
@@ -442,6 +446,7 @@ class Step:
             self._rewrites,
             self._program.early,
             self._program.library,
+            self._program.rewriter,
         )
 
     @property
