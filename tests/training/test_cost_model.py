@@ -77,7 +77,9 @@ def test_the_better_of_two_variants_is_predicted() -> None:
 
 
 def test_units_of_a_depth_are_counted_beside_the_one_that_is_predicted(model: CostModel) -> None:
-    units = [[{"w": j == 2 and w, "b": j == 2 and not w} for j in range(LAYERS)] for w in (False, True)]
+    units = [
+        [{"w": j == 2 and w, "b": j == 2 and not w} for j in range(LAYERS)] for w in (False, True)
+    ]
     costs = model.separable(units, [2, 2])
     for i, unit in enumerate(units):
         alone = model.predict(unit)
