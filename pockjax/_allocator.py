@@ -61,7 +61,8 @@ def keep_memory() -> bool:
         Whether memory will be kept: False with another C library, if JAX has run something, or if
         it was switched off.
 
-    >>> keep_memory() in (True, False)
+    >>> import pockjax as pj
+    >>> pj.keep_memory()  # doctest: +SKIP
     True
     """
     from pockjax._compat import backends_are_initialized

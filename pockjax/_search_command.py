@@ -1,7 +1,6 @@
 """`pockjax search`: from a configuration to a scheme."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from rich.progress import Progress
 
 from pockjax._extras import require
 from pockjax._files import replacing
+from pockjax._names import unknown_key
 from pockjax._tasks import classification
 from pockjax.selection import Budget, Found, Point, Search, Sensitivity, sensitivity, units
 from pockjax.selection._budget import amount
@@ -97,12 +97,9 @@ class SearchConfig:
 
 
 def _check_keys(content: Mapping[str, Any], made_of: Any, what: str) -> None:
-    allowed = [f.name for f in dataclasses.fields(made_of)]
-    for key in content:
-        if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"unknown {what} {key!r}{hint}; allowed are {', '.join(allowed)}")
+    problem = unknown_key(content, [f.name for f in dataclasses.fields(made_of)], what)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def run(config: SearchConfig, console: Console) -> list[Path]:

@@ -18,3 +18,4 @@ from pockjax.autodiff._trace import trace as trace
 from pockjax.autodiff._transform import grad as grad
 from pockjax.autodiff._transform import value_and_grad as value_and_grad
 from pockjax.autodiff._transform import vjp as vjp
+from pockjax.autodiff.rules.views import reshape_groups as reshape_groups

@@ -1,7 +1,6 @@
 """Schemes: masks as text, to be read, compared, kept and reproduced."""
 
 import dataclasses
-import difflib
 import os
 import re
 import tempfile
@@ -13,6 +12,7 @@ import numpy as np
 import yaml
 from jaxtyping import PyTree
 
+from pockjax._names import unknown_key
 from pockjax.masks._part import MaskError, Part
 from pockjax.masks._resolve import resolve
 from pockjax.masks._rules import Rule
@@ -220,12 +220,9 @@ def _make_rule(rule: Rule | Sequence[Any] | Mapping[str, Any]) -> Rule:
 
 def _check_keys(data: Mapping[str, Any], made_of: type) -> None:
     """Raise for a key that is no field of a dataclass."""
-    allowed = [field.name for field in dataclasses.fields(made_of)]
-    for key in data:
-        if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise MaskError(f"unknown key {key!r}{hint}; allowed are {', '.join(allowed)}")
+    problem = unknown_key(data, [field.name for field in dataclasses.fields(made_of)])
+    if problem is not None:
+        raise MaskError(problem)
 
 
 def _plain(value: Any, where: str) -> Any:

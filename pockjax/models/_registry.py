@@ -1,6 +1,5 @@
 """Models by name: each architecture's file registers its sizes, and `load` builds one of them."""
 
-import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import jax
 from flax import nnx
 
 from pockjax import hub
+from pockjax._names import Registry
 from pockjax.models._preprocess import ImagePreprocess
 from pockjax.models._sources import locate
 
@@ -63,7 +63,7 @@ class Entry:
         return None if self.source is None else hub.sources()[self.source].license
 
 
-_ENTRIES: dict[str, Entry] = {}
+_ENTRIES = Registry[Entry]("model")
 
 
 def register(
@@ -83,9 +83,8 @@ def register(
     """
 
     def add(build: Builder) -> Builder:
-        if name in _ENTRIES:
-            raise ValueError(f"a model named {name!r} is registered already")
-        _ENTRIES[name] = Entry(name, about, build, inputs, source, file, origin, preprocess)
+        found = Entry(name, about, build, inputs, source, file, origin, preprocess)
+        _ENTRIES.add(name, found)
         return build
 
     return add
@@ -93,7 +92,7 @@ def register(
 
 def names() -> tuple[str, ...]:
     """The names that `load` knows, in alphabetical order."""
-    return tuple(sorted(_ENTRIES))
+    return _ENTRIES.names()
 
 
 def entry(name: str) -> Entry:
@@ -102,9 +101,6 @@ def entry(name: str) -> Entry:
     Raises:
         ValueError: Nothing has that name; the message has the nearest ones.
     """
-    if name not in _ENTRIES:
-        near = difflib.get_close_matches(name, _ENTRIES) or names()
-        raise ValueError(f"no model is named {name!r}; there are: {', '.join(near)}")
     return _ENTRIES[name]
 
 

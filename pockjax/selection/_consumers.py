@@ -11,11 +11,22 @@ from typing import Any, Literal
 
 from pockjax._compat import Jaxpr, JaxprEqn, Var, scan_arity, shape_of, subjaxprs
 from pockjax._compat import Literal as JaxprLiteral
-from pockjax.autodiff.rules.views import _reshape_groups
+from pockjax.autodiff import reshape_groups
 from pockjax.costs import count_flops
+from pockjax.selection._flows import (
+    CONSTANT,
+    Flow,
+    Trail,
+    activation_of,
+    among_weights,
+    axis_size,
+    joined,
+    layer_of,
+    opaque,
+    owned,
+)  # fmt: skip
 
 Kind = Literal["weight", "bias", "scale"]
-Axes = tuple[frozenset[int], ...]
 
 
 @dataclass(frozen=True)
@@ -52,36 +63,6 @@ class Consumer:
     whole: bool = False
 
 
-@dataclass(frozen=True)
-class _Trail:
-    """A parameter inside a value that is made of parameters alone.
-
-    ``axes`` says for each axis of the value which axes of the parameter it is made of; None if that
-    is not known any more.
-    """
-
-    leaf: int
-    axes: Axes | None
-    rows: tuple[tuple[int, int], ...] = ()
-    grain: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class _Flow:
-    """What is known of a value: made of parameters alone (``trails``), or an activation.
-
-    Of an activation, ``channels`` says for each axis which products have made it, and ``merged``
-    into how many heads it was cut before.
-    """
-
-    activation: bool
-    trails: tuple[_Trail, ...] = ()
-    channels: tuple[frozenset[int], ...] = ()
-    merged: tuple[int, ...] = ()
-
-
-_CONSTANT = _Flow(False)
-_ALIKE = frozenset("neg copy copy_p reduce_precision convert_element_type name pvary".split())
 _NESTED = frozenset("jit remat2 checkpoint closed_call core_call".split())
 _OPAQUE_CALLS = frozenset("custom_jvp_call custom_vjp_call shard_map".split())
 
@@ -95,44 +76,44 @@ class _Walk:
     weights: int = 0
     silent: bool = False
 
-    def run(self, jaxpr: Jaxpr, flows: Sequence[_Flow]) -> list[_Flow]:
-        env: dict[Var, _Flow] = dict.fromkeys(jaxpr.constvars, _CONSTANT)
+    def run(self, jaxpr: Jaxpr, flows: Sequence[Flow]) -> list[Flow]:
+        env: dict[Var, Flow] = dict.fromkeys(jaxpr.constvars, CONSTANT)
         env.update(zip(jaxpr.invars, flows, strict=True))
 
-        def read(atom: Any) -> _Flow:
-            return _CONSTANT if isinstance(atom, JaxprLiteral) else env[atom]
+        def read(atom: Any) -> Flow:
+            return CONSTANT if isinstance(atom, JaxprLiteral) else env[atom]
 
         for eqn in jaxpr.eqns:
             outs = self.equation(jaxpr, eqn, [read(a) for a in eqn.invars])
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(a) for a in jaxpr.outvars]
 
-    def equation(self, jaxpr: Jaxpr, eqn: JaxprEqn, ins: list[_Flow]) -> list[_Flow]:
+    def equation(self, jaxpr: Jaxpr, eqn: JaxprEqn, ins: list[Flow]) -> list[Flow]:
         name, inner = eqn.primitive.name, subjaxprs(eqn)
         if name in _NESTED and len(inner) == 1:
             return self.run(inner[0], ins)
         if name in _OPAQUE_CALLS and len(inner[0].invars) == len(ins):
-            return self.run(inner[0], [_opaque(flow) for flow in ins])
+            return self.run(inner[0], [opaque(flow) for flow in ins])
         if name == "cond":
             branches = [self.run(branch, ins[1:]) for branch in inner]
-            return [_joined(flows) for flows in zip(*branches, strict=True)]
+            return [joined(flows) for flows in zip(*branches, strict=True)]
         if name == "scan":
             return self.scan(eqn, ins)
         if inner and not name.startswith(("reduce", "cum", "sort", "scatter")):
             # A loop of unknown length, or a call that nothing is known of.
             for flow in ins:
-                self.meet(jaxpr, eqn, [_opaque(flow)])
-            return [_Flow(True)] * len(eqn.outvars)
+                self.meet(jaxpr, eqn, [opaque(flow)])
+            return [Flow(True)] * len(eqn.outvars)
         if not any(flow.activation for flow in ins):
-            return _among_weights(eqn, ins)
+            return among_weights(eqn, ins)
         ids = self.meet(jaxpr, eqn, ins)
         if eqn.primitive.name == "reshape":
             self.note_split(ins[0], shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]))
-        return [_activation(eqn, v, ins, ids) for v in eqn.outvars]
+        return [activation_of(eqn, v, ins, ids) for v in eqn.outvars]
 
-    def scan(self, eqn: JaxprEqn, ins: list[_Flow]) -> list[_Flow]:
+    def scan(self, eqn: JaxprEqn, ins: list[Flow]) -> list[Flow]:
         [body], (n_consts, n_carry) = subjaxprs(eqn), scan_arity(eqn)
-        consts, carry = ins[:n_consts], [_opaque(f) for f in ins[n_consts : n_consts + n_carry]]
+        consts, carry = ins[:n_consts], [opaque(f) for f in ins[n_consts : n_consts + n_carry]]
         stacked, length = ins[n_consts + n_carry :], eqn.params["length"]
         layers = [0]
         if any(flow.trails for flow in stacked):
@@ -141,16 +122,16 @@ class _Walk:
                 layers.reverse()
         elif not self.silent:
             # What the loop's later turns make of the carry decides what meets it in the first.
-            turn = _Walk(silent=True).run(body, [*consts, *carry, *map(_layer_of, stacked)])
-            carry = [_joined(pair) for pair in zip(carry, turn, strict=False)]
-        outs: list[_Flow] = []
+            turn = _Walk(silent=True).run(body, [*consts, *carry, *map(layer_of, stacked)])
+            carry = [joined(pair) for pair in zip(carry, turn, strict=False)]
+        outs: list[Flow] = []
         for layer in layers:
-            outs = self.run(body, [*consts, *carry, *(_layer_of(f, layer) for f in stacked)])
-            carry = [_joined(pair) for pair in zip(carry, outs[:n_carry], strict=True)]
-        later = [_opaque(replace(f, channels=(), merged=())) for f in outs[n_carry:]]
+            outs = self.run(body, [*consts, *carry, *(layer_of(f, layer) for f in stacked)])
+            carry = [joined(pair) for pair in zip(carry, outs[:n_carry], strict=True)]
+        later = [opaque(replace(f, channels=(), merged=())) for f in outs[n_carry:]]
         return [*carry, *later]
 
-    def meet(self, jaxpr: Jaxpr, eqn: JaxprEqn, ins: list[_Flow]) -> list[int]:
+    def meet(self, jaxpr: Jaxpr, eqn: JaxprEqn, ins: list[Flow]) -> list[int]:
         """Notes the parameters that an operation reads; returns which notes are new."""
         ids: list[int] = []
         if self.silent or not any(flow.trails for flow in ins):
@@ -172,7 +153,7 @@ class _Walk:
         self.weights += is_layer
         return ids
 
-    def note_heads(self, eqn: JaxprEqn, ins: list[_Flow], ids: list[int]) -> None:
+    def note_heads(self, eqn: JaxprEqn, ins: list[Flow], ids: list[int]) -> None:
         """Heads that were merged into the channels which a product contracts."""
         if eqn.primitive.name != "dot_general":
             return
@@ -185,11 +166,11 @@ class _Walk:
                 heads = ((consumer.ins[0], counts[0]),)
                 self.found[i] = replace(consumer, heads=consumer.heads + heads)
 
-    def note_split(self, flow: _Flow, shape: tuple[int, ...], out: tuple[int, ...]) -> None:
+    def note_split(self, flow: Flow, shape: tuple[int, ...], out: tuple[int, ...]) -> None:
         """Channels that are cut into heads after the product that made them."""
         if self.silent or not flow.channels:
             return
-        for ins, outs in _reshape_groups(shape, out):
+        for ins, outs in reshape_groups(shape, out):
             for i in flow.channels[ins[0]] if len(ins) == 1 and len(outs) > 1 else ():
                 consumer = self.found[i]
                 if len(consumer.outs) == 1 and consumer.outs[0] not in dict(consumer.heads):
@@ -211,11 +192,11 @@ def consumers(jaxpr: Jaxpr, n_params: int, candidates: Iterable[int]) -> list[Co
     """
     shapes = [shape_of(v) for v in jaxpr.invars]
     wanted = set(candidates)
-    flows = [_CONSTANT] * n_params + [
-        _Flow(True, (), (frozenset(),) * len(s), (1,) * len(s)) for s in shapes[n_params:]
+    flows = [CONSTANT] * n_params + [
+        Flow(True, (), (frozenset(),) * len(s), (1,) * len(s)) for s in shapes[n_params:]
     ]
     for i in wanted:
-        flows[i] = _Flow(False, (_Trail(i, tuple(frozenset([d]) for d in range(len(shapes[i])))),))
+        flows[i] = Flow(False, (Trail(i, tuple(frozenset([d]) for d in range(len(shapes[i])))),))
     walk = _Walk()
     walk.run(jaxpr, flows)
     unstacked = {c.leaf for c in walk.found if not c.rows}
@@ -251,215 +232,53 @@ def _both(first: Consumer, later: Consumer) -> Consumer:
     )
 
 
-def _consumer(eqn: JaxprEqn, operand: int, trail: _Trail, ins: list[_Flow]) -> Consumer:
+def _consumer(eqn: JaxprEqn, operand: int, trail: Trail, ins: list[Flow]) -> Consumer:
     """What an operation is to a parameter; depth and layer are filled in later."""
     name, shape = eqn.primitive.name, shape_of(eqn.invars[operand])
-    opaque = Consumer(trail.leaf, trail.rows, "weight", 0, 0, whole=True)
+    unfollowed = Consumer(trail.leaf, trail.rows, "weight", 0, 0, whole=True)
     if name in ("add", "sub", "add_any", "mul", "div", "max", "min") and not (
         name == "div" and operand == 1
     ):
         kind: Kind = "scale" if name in ("mul", "div") else "bias"
         if trail.axes is None:
             sizes = [n for n in shape if n > 1]
-            return replace(opaque, kind=kind if len(sizes) <= 1 else "weight")
+            return replace(unfollowed, kind=kind if len(sizes) <= 1 else "weight")
         own = [(d, min(a)) for d, a in enumerate(trail.axes) if a and shape[d] > 1]
         if name in ("max", "min"):
-            return replace(opaque, kind=kind if len(own) <= 1 else "weight")
+            return replace(unfollowed, kind=kind if len(own) <= 1 else "weight")
         if len(own) <= 1:
-            return replace(opaque, kind=kind, whole=False, outs=tuple(a for _, a in own))
+            return replace(unfollowed, kind=kind, whole=False, outs=tuple(a for _, a in own))
         # A table of positions, say.
         rows, *rest = dict.fromkeys(a for _, a in own)
-        return replace(opaque, whole=False, ins=(rows,), outs=tuple(rest), grain=trail.grain)
+        return replace(unfollowed, whole=False, ins=(rows,), outs=tuple(rest), grain=trail.grain)
     if trail.axes is None:
-        return opaque
-    known = replace(opaque, whole=False, grain=trail.grain)
+        return unfollowed
+    known = replace(unfollowed, whole=False, grain=trail.grain)
     if name == "gather" and operand == 0:
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         looked_up = [d for d in numbers.start_index_map if sizes[d] == 1]
         if numbers.operand_batching_dims or len(looked_up) != len(numbers.start_index_map):
-            return opaque
+            return unfollowed
         rest = [d for d in range(len(shape)) if d not in looked_up]
-        return replace(known, ins=_owned(trail, looked_up), outs=_owned(trail, rest))
+        return replace(known, ins=owned(trail, looked_up), outs=owned(trail, rest))
     if name == "dot_general":
         contract, batch = eqn.params["dimension_numbers"]
         if ins[1 - operand].trails and not ins[1 - operand].activation:
-            return opaque
+            return unfollowed
         mine = set(contract[operand])
         free = [d for d in range(len(shape)) if d not in mine and d not in batch[operand]]
-        into, out = _owned(trail, contract[operand]), _owned(trail, free)
+        into, out = owned(trail, contract[operand]), owned(trail, free)
         if not into and len(out) <= 1:  # a factor that was folded into the weight
             return replace(known, kind="scale", outs=out)
         out = tuple(a for a in out if a not in into)
-        heads = ((out[0], _size(trail, shape, out[0])),) if len(out) > 1 else ()
+        heads = ((out[0], axis_size(trail, shape, out[0])),) if len(out) > 1 else ()
         return replace(known, ins=into, outs=out, heads=heads)
     if name == "conv_general_dilated" and operand == 1 and eqn.params["batch_group_count"] == 1:
         numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
         out_axis, in_axis, *taps = numbers.rhs_spec
-        into, out = _owned(trail, [in_axis]), _owned(trail, [out_axis])
-        if not into and not _owned(trail, taps):
+        into, out = owned(trail, [in_axis]), owned(trail, [out_axis])
+        if not into and not owned(trail, taps):
             return replace(known, kind="scale", outs=out)
         depthwise = groups > 1 and shape[in_axis] == 1
         return replace(known, ins=into, outs=out, depthwise=depthwise)
-    return opaque
-
-
-def _owned(trail: _Trail, dims: Iterable[int]) -> tuple[int, ...]:
-    """The axes of the parameter that some axes of the value are made of."""
-    assert trail.axes is not None
-    return tuple(dict.fromkeys(a for d in dims for a in sorted(trail.axes[d])))
-
-
-def _size(trail: _Trail, shape: Sequence[int], axis: int) -> int:
-    assert trail.axes is not None
-    return math.prod(n for n, owners in zip(shape, trail.axes, strict=True) if axis in owners)
-
-
-def _opaque(flow: _Flow) -> _Flow:
-    """The same value with parameters in it of which no part can be followed."""
-    return replace(flow, trails=tuple(replace(t, axes=None) for t in flow.trails))
-
-
-def _joined(flows: Sequence[_Flow]) -> _Flow:
-    """Either of several values."""
-    first = flows[0]
-    if all(flow == first for flow in flows):
-        return first
-    trails = {(t.leaf, t.rows): replace(t, axes=None) for flow in flows for t in flow.trails}
-    return _Flow(any(f.activation for f in flows), tuple(trails.values()))
-
-
-def _layer_of(flow: _Flow, layer: int = 0) -> _Flow:
-    """What one turn of a loop sees of a stacked value."""
-
-    def cut(trail: _Trail) -> _Trail:
-        if trail.axes is None or len(trail.axes[0]) != 1:
-            return replace(trail, axes=None)
-        [axis] = trail.axes[0]
-        return replace(trail, axes=trail.axes[1:], rows=(*trail.rows, (axis, layer)))
-
-    return _Flow(flow.activation, tuple(map(cut, flow.trails)), flow.channels[1:], flow.merged[1:])
-
-
-def _among_weights(eqn: JaxprEqn, ins: list[_Flow]) -> list[_Flow]:
-    """What an operation makes of parameters that have met no activation yet."""
-    name = eqn.primitive.name
-    if not any(flow.trails for flow in ins):
-        return [_CONSTANT] * len(eqn.outvars)
-    shapes, out = [shape_of(a) for a in eqn.invars], shape_of(eqn.outvars[0])
-    if name == "split":
-        return [ins[0]] * len(eqn.outvars)
-    moved: list[_Trail] = []
-    for operand, flow in enumerate(ins):
-        for trail in flow.trails:
-            if trail.axes is not None:
-                trail = _moved(eqn, operand, trail, shapes, out)
-            moved.append(trail)
-    by_key = {(t.leaf, t.rows): t for t in moved}
-    if len(by_key) < len(moved):  # one parameter met itself
-        by_key = {key: replace(t, axes=None) for key, t in by_key.items()}
-    return [_Flow(False, tuple(by_key.values()))] * len(eqn.outvars)
-
-
-def _moved(
-    eqn: JaxprEqn, operand: int, trail: _Trail, shapes: list[tuple[int, ...]], out: tuple[int, ...]
-) -> _Trail:
-    name, params, shape = eqn.primitive.name, eqn.params, shapes[operand]
-    axes = trail.axes
-    assert axes is not None
-    lost = replace(trail, axes=None)
-    none: frozenset[int] = frozenset()
-    if name in _ALIKE or name in ("sharding_constraint", "reshard"):
-        return trail
-    if name in ("add", "sub", "add_any", "mul") or (name == "div" and operand == 0):
-        if len(shape) != len(out):
-            return replace(trail, axes=(none,) * len(out)) if not shape else lost
-        return trail
-    if name == "transpose":
-        return replace(trail, axes=tuple(axes[d] for d in params["permutation"]))
-    if name == "broadcast_in_dim":
-        spread = [none] * len(out)
-        for d, target in enumerate(params["broadcast_dimensions"]):
-            spread[target] = axes[d] if shape[d] == out[target] else none
-        return replace(trail, axes=tuple(spread))
-    if name == "reduce_sum":
-        if any(axes[d] for d in params["axes"] if shape[d] > 1):
-            return lost
-        return replace(trail, axes=tuple(a for d, a in enumerate(axes) if d not in params["axes"]))
-    if name == "slice":
-        return _sliced(trail, shape, params)
-    if name in ("rev", "dynamic_slice", "concatenate") and operand == 0:
-        changed = [d for d, n in enumerate(shape) if n != out[d]]
-        if name == "concatenate" or not any(axes[d] for d in changed):
-            return trail
-        return lost
-    if name == "concatenate":
-        return trail
-    if name in ("reshape", "squeeze", "expand_dims") and (
-        name != "reshape" or params.get("dimensions") is None
-    ):
-        return _reshaped(trail, shape, out)
-    return lost
-
-
-def _sliced(trail: _Trail, shape: tuple[int, ...], params: dict[str, Any]) -> _Trail:
-    """A slice of a stack is one of its layers; any other keeps the parameter's axes."""
-    axes, rows = list(trail.axes or ()), list(trail.rows)
-    starts, stops = params["start_indices"], params["limit_indices"]
-    for d, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-        if stop - start == 1 < shape[d] and len(axes[d]) == 1:
-            rows.append((min(axes[d]), start))
-            axes[d] = frozenset()
-        elif stop - start < shape[d] and dict(trail.grain).keys() & axes[d]:
-            return replace(trail, axes=None)
-    return replace(trail, axes=tuple(axes), rows=tuple(rows))
-
-
-def _reshaped(trail: _Trail, shape: tuple[int, ...], out: tuple[int, ...]) -> _Trail:
-    axes: list[frozenset[int]] = [frozenset()] * len(out)
-    grain = dict(trail.grain)
-    for ins, outs in _reshape_groups(shape, out):
-        owners = frozenset[int]().union(*(trail.axes[i] for i in ins if trail.axes))
-        for o in outs:
-            axes[o] = owners
-        if len(outs) > 1 and owners:
-            if len(ins) > 1 or len(owners) > 1:
-                return replace(trail, axes=None)
-            [axis] = owners
-            grain[axis] = grain.get(axis, 1) * math.prod(out[o] for o in outs[1:])
-    return replace(trail, axes=tuple(axes), grain=tuple(sorted(grain.items())))
-
-
-def _activation(eqn: JaxprEqn, var: Any, ins: list[_Flow], ids: list[int]) -> _Flow:
-    """The channels of an activation, as far as views and elementwise functions keep them."""
-    shape, name = shape_of(var), eqn.primitive.name
-    channels: list[frozenset[int]] = [frozenset()] * len(shape)
-    merged = [1] * len(shape)
-    if name == "dot_general" and ids:
-        (contract, batch), side = eqn.params["dimension_numbers"], int(ins[0].activation)
-        taken = {*contract[side], *batch[side]}
-        free = len(shape_of(eqn.invars[side])) - len(taken)
-        for d in range(len(shape) - free, len(shape)) if side else range(len(batch[0]), free):
-            channels[d] = frozenset(ids)
-    elif name == "transpose":
-        order = eqn.params["permutation"]
-        channels = [ins[0].channels[d] for d in order] if ins[0].channels else channels
-    elif name == "reshape":
-        return _reshaped_activation(ins[0], shape_of(eqn.invars[0]), shape)
-    else:
-        for flow, atom in zip(ins, eqn.invars, strict=True):
-            if flow.channels and shape_of(atom) == shape:
-                channels = [a | b for a, b in zip(channels, flow.channels, strict=True)]
-                merged = [max(a, b) for a, b in zip(merged, flow.merged, strict=True)]
-    return _Flow(True, (), tuple(channels), tuple(merged))
-
-
-def _reshaped_activation(flow: _Flow, shape: tuple[int, ...], out: tuple[int, ...]) -> _Flow:
-    channels: list[frozenset[int]] = [frozenset()] * len(out)
-    merged = [1] * len(out)
-    for ins, outs in _reshape_groups(shape, out):
-        if len(outs) == 1:
-            merged[outs[0]] = shape[ins[0]] if len(ins) > 1 else flow.merged[ins[0]]
-        if len(ins) == 1 and flow.channels:
-            for o in outs:
-                channels[o] = flow.channels[ins[0]]
-    return _Flow(True, (), tuple(channels), tuple(merged))
+    return unfollowed

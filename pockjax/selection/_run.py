@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pockjax._files import replacing
-from pockjax.selection._progress import Progress
+from pockjax._progress import Progress
 
 Values = list[float]
 _RETRIES = 3
@@ -73,7 +73,7 @@ class Runner:
         folder = None if self.folder is None else self.folder / key()
         found = {} if folder is None else _read(folder, pieces)
         left = [piece for piece in pieces if piece.name not in found]
-        with Progress(len(pieces), done=len(found), shown=self.progress) as progress:
+        with Progress("sensitivity", len(pieces), done=len(found), shown=self.progress) as progress:
             if self.executor is None:
                 results = _here(make, context, left)
             else:

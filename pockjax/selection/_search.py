@@ -13,7 +13,7 @@ from pockjax.selection._choices import Choices
 from pockjax.selection._found import Attempt, Found, Point
 from pockjax.selection._sensitivity import Sensitivity
 from pockjax.selection._surrogate import Surrogate, fit, levels_of
-from pockjax.selection.solvers import Cost, InfeasibleError, Problem, Solution, solver
+from pockjax.selection.solvers import SOLVERS, Cost, InfeasibleError, Problem, Solution
 
 PyTree = Any
 type Progress = Callable[[str, int, int], Any]
@@ -408,5 +408,5 @@ class Search:
 
 
 def _solver(name: str, seed: int, options: Mapping[str, Any]) -> Callable[[Problem], Solution]:
-    chosen = solver(name)
+    chosen = SOLVERS[name]
     return lambda problem: chosen(problem, seed=seed, **options)

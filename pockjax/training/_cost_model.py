@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from pockjax._compat import Jaxpr
-from pockjax.autodiff import IndexedMask, Joint, Plan, inlined, is_array
+from pockjax.autodiff import IndexedMask, Joint, Plan, inlined
 from pockjax.costs import (
     CompiledCost,
     Prediction,
@@ -27,7 +27,7 @@ from pockjax.masks import resolve
 from pockjax.rewrites import BACKENDS, Rewriter
 from pockjax.training._step import Step
 from pockjax.training._step import compile as compile_step
-from pockjax.training._trees import check_batch, shapes_of
+from pockjax.training._trees import check_batch, made_up, shapes_of
 from pockjax.training._update import Update
 
 PyTree = Any
@@ -293,17 +293,10 @@ def _timed(steps: Sequence[Step], repeats: int) -> list[float]:
     for i in range(repeats + 1):
         for step, found in zip(steps, times, strict=True):
             update = step._update
-            batch = _filled(update.batch)
-            state = jax.block_until_ready(step.init(_filled(update.params), donate=True))
+            batch = made_up(update.batch)
+            state = jax.block_until_ready(step.init(made_up(update.params), donate=True))
             begun = time.perf_counter()
             jax.block_until_ready(step(state, *batch))
             if i:
                 found.append(time.perf_counter() - begun)
     return [float(np.median(found)) for found in times]
-
-
-def _filled(tree: PyTree) -> PyTree:
-    """Arrays of small numbers, which no operation makes slower than others."""
-    return jax.tree.map(
-        lambda a: jnp.full(a.shape, 0.01).astype(a.dtype) if is_array(a) else a, tree
-    )

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pockjax._progress import Progress
 from pockjax.training._checkpoint import load, save
-from pockjax.training._progress import shown
 from pockjax.training._state import Metrics, State
 from pockjax.training._step import Step
 
@@ -93,13 +93,14 @@ def fit(
         if file is not None:
             save(file, state, _position(batches), np.asarray(losses, np.float64))
 
-    with shown(steps, done, progress) as tell, _finishing() as interrupted:
+    shown = Progress("training", steps, done=done, shown=progress)
+    with shown, _finishing() as interrupted:
         while done < steps:
             given = arguments(next(source))
             state, metrics = step(state, *given) if cache is None else step(state, cache(*given))
             losses.append(float(metrics.loss))
             done += 1
-            tell(done, losses[-1])
+            shown.advance(f"loss {losses[-1]:.4g}")
             if on_step is not None:
                 on_step(done, metrics)
             if done % every == 0 or done == steps or interrupted():

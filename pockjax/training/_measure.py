@@ -1,5 +1,6 @@
 """What a step takes where it runs: time, page faults, temporary memory."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -41,13 +42,16 @@ class Measurement:
         )
 
 
-def measured(run: Callable[[], Any], steps: int, temp_bytes: int) -> Measurement:
+def measured(
+    run: Callable[[], Any], steps: int, temp_bytes: int, limit: float = math.inf
+) -> Measurement:
     """Times a step.
 
     Args:
         run: takes one step and returns what has to be waited for.
         steps: how many to time, after two that are not.
         temp_bytes: what is known of its memory.
+        limit: seconds after which no more steps are begun, if there were three.
     """
     if steps < 1:
         raise ValueError(f"at least one step is timed, not {steps}")
@@ -58,10 +62,12 @@ def measured(run: Callable[[], Any], steps: int, temp_bytes: int) -> Measurement
         begun = time.perf_counter()
         jax.block_until_ready(run())
         seconds.append(time.perf_counter() - begun)
+        if len(seconds) >= 3 and sum(seconds) > limit:
+            break
     after = _faults()
     low, median, high = (float(q) for q in np.percentile(seconds, [25, 50, 75]))
-    faults = None if before is None or after is None else (after - before) / steps
-    return Measurement(steps, median, low, high, faults, temp_bytes)
+    faults = None if before is None or after is None else (after - before) / len(seconds)
+    return Measurement(len(seconds), median, low, high, faults, temp_bytes)
 
 
 def _faults() -> int | None:

@@ -1,42 +1,30 @@
 """The compiled training step: built once from a function and a mask, run many times."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from pockjax._allocator import advise
 from pockjax.autodiff import IndexedMask, Plan, is_array
-from pockjax.costs import CompiledCost, Prediction, count_flops
+from pockjax.costs import CompiledCost, Prediction
 from pockjax.masks import MaskError, pack, resolve
-from pockjax.rewrites import (
-    BACKENDS,
-    DEFAULT_LIBRARY,
-    LIBRARIES,
-    Choice,
-    Rewriter,
-    fastest,
-)
+from pockjax.rewrites import BACKENDS, Choice, Rewriter
 from pockjax.training._measure import Measurement, measured
+from pockjax.training._program import DEPTH_FIRST, XLA, Program, Residuals, variants
 from pockjax.training._report import Report, make_report
 from pockjax.training._state import Metrics, State
 from pockjax.training._trees import check_batch, difference, shapes_of
 from pockjax.training._update import Update
 
 PyTree = Any
-Residuals = Literal["auto", "kept", "xla"]
 Rewrites = Literal["measured", "guessed", "none"]
 Updates = Literal["early", "late"]
-
-# Operations; below, a step is quick with any library, and above, its products are so large that
-# XLA's choice is the best.
-_WORTH_TIMING = range(200_000_000, 20_000_000_000)
-_DEPTH_FIRST = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
@@ -141,8 +129,8 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
         rewriter = None
     programs = {
-        name: Program(name != "xla", updates == "early", rewriter, name == "kept, depth first")
-        for name in _variants(residuals)
+        name: Program(name != XLA, updates == "early", rewriter, name == DEPTH_FIRST)
+        for name in variants(residuals)
     }
     compiled = {name: program.compiled(update) for name, program in programs.items()}
     costs = {name: CompiledCost.of(executable) for name, (_, executable) in compiled.items()}
@@ -154,84 +142,6 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     choices = choices[: len(choices) // len(programs)]
     program = replace(programs[best], library=library)
     return Step(executable, update, costs, best, choices, program)
-
-
-def _variants(residuals: Residuals) -> tuple[str, ...]:
-    """What is compiled, to take the one that needs the least memory."""
-    if residuals != "auto":
-        return (residuals,)
-    return ("kept", "xla", *(("kept, depth first",) if jax.default_backend() == "cpu" else ()))
-
-
-@dataclass(frozen=True)
-class Program:
-    """How an update is compiled.
-
-    Attributes:
-        kept: whether what the backward pass keeps is fixed.
-        early: whether parameters are written within the backward pass.
-        rewriter: finds faster forms; None to leave all as it is.
-        depth_first: order operations for the least memory; XLA's usual order on a CPU goes through
-            all that is ready first, and computes what the backward pass needs again for all layers
-            at its start.
-        library: what computes matrix products; None to find out which is the fastest here.
-    """
-
-    kept: bool
-    early: bool
-    rewriter: Rewriter | None
-    depth_first: bool = False
-    library: str | None = None
-
-    def function(self, update: Update) -> Callable[..., tuple[State, Metrics]]:
-        """One step."""
-        return update.step(self.kept, self.early)
-
-    def compiled(
-        self, update: Update, fun: Callable[..., Any] | None = None, batch: Any = None
-    ) -> tuple[str, Any]:
-        """The executable of one step, or of another function, on the state's arrays in a row.
-
-        Returns:
-            The library that computes its products, and the executable.
-        """
-        # A state goes in where it came out, so the one must be said to be the other.
-        shardings = None
-        if update.shardings is not None:
-            shardings = (jax.tree.leaves(update.shardings), None)
-        fun = self.function(update) if fun is None else fun
-        batch = update.arrays_of(update.batch) if batch is None else batch
-        if self.rewriter is not None:
-            fun = partial(self.rewriter.run, fun)
-        step = jax.jit(update.layout.on_rows(fun), donate_argnums=0, out_shardings=shardings)
-        lowered = step.lower(jax.tree.leaves(update.example_state), *batch)
-        options = _DEPTH_FIRST if self.depth_first else {}
-        if self.library is not None or not self._is_timed(update):
-            library = self.library or DEFAULT_LIBRARY
-            return library, lowered.compile(compiler_options=LIBRARIES[library] | options or None)
-        return fastest(lowered, lambda executable: _on_zeros(executable, update, batch), options)
-
-    def _is_timed(self, update: Update) -> bool:
-        """Whether it is worth while to time the step with each library."""
-        if self.rewriter is None or not self.rewriter.measure:
-            return False
-        arrays = jax.tree.leaves((update.example_state, update.batch))
-        return count_flops(update.joint.jaxpr) in _WORTH_TIMING and all(
-            isinstance(a.dtype, np.dtype) for a in arrays if is_array(a)
-        )
-
-
-def _on_zeros(executable: Any, update: Update, batch: Any) -> Callable[[], Any]:
-    """A step of arrays of zeros."""
-    state, arrays = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, a.dtype), (jax.tree.leaves(update.example_state), batch)
-    )
-
-    def run() -> None:
-        nonlocal state
-        state, metrics = jax.block_until_ready(executable(state, *arrays))
-
-    return run
 
 
 class Step:
@@ -250,7 +160,7 @@ class Step:
         costs: dict[str, CompiledCost],
         chosen: str,
         rewrites: tuple[Choice, ...],
-        program: "Program",
+        program: Program,
     ):
         """Wraps an executable; use `compile`."""
         self._program = program
@@ -379,13 +289,16 @@ class Step:
             )
         return self._run(self._many[steps], state, arrays)
 
-    def measure(self, state: State, *batch: Any, steps: int = 20) -> Measurement:
+    def measure(
+        self, state: State, *batch: Any, steps: int = 20, limit: float = math.inf
+    ) -> Measurement:
         """Times steps on a copy of a state; from then on the report shows it too.
 
         Args:
             state: where to begin; it stays as it is.
             *batch: the same for all steps.
             steps: how many to time, after two to warm up.
+            limit: seconds after which no more steps are begun, if there were three.
 
         >>> import pockjax as pj
         >>> step = pj.compile(lambda w: jnp.sum(w**2), True, optax.sgd(0.1), jnp.ones(3))
@@ -399,7 +312,8 @@ class Step:
             state, metrics = self(state, *batch)
             return state.step, metrics  # the whole state would be built to be waited for
 
-        self._measured = measured(run, steps, self._costs[self._chosen].temp_bytes)
+        temp = self._costs[self._chosen].temp_bytes
+        self._measured = measured(run, steps, temp, limit)
         return self._measured
 
     def reselect(self, state: State, mask: PyTree) -> State:

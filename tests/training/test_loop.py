@@ -145,7 +145,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     run(*step_and_state(), steps=3, progress=True)
-    assert "step 3/3, loss " in capsys.readouterr().err
+    assert "training: 3 of 3 done, loss " in capsys.readouterr().err
 
 
 def test_many_steps_in_one_call_equal_as_many_calls() -> None:

@@ -216,7 +216,7 @@ def _reshape(ctx: Context, eqn: JaxprEqn, x: Value) -> Value:
 
 def _reshaped(ctx: Context, eqn: JaxprEqn, term: Term, shape: tuple[int, ...]) -> Term:
     selections: list[Selection] = [None] * len(shape)
-    for ins, outs in _reshape_groups(term.block.shape, shape):
+    for ins, outs in reshape_groups(term.block.shape, shape):
         chosen = [term.selections[i] for i in ins]
         if all(s is None for s in chosen):
             continue
@@ -233,7 +233,7 @@ def _reshaped(ctx: Context, eqn: JaxprEqn, term: Term, shape: tuple[int, ...]) -
     return term.moved(lax.reshape(term.delta, packed), shape, selections)
 
 
-def _reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Smallest groups of axes that a reshape maps onto each other, without axes of size 1."""
     groups: list[tuple[list[int], list[int]]] = []
     olds = [i for i, n in enumerate(old) if n != 1]

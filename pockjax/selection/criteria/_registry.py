@@ -1,19 +1,18 @@
 """Criteria by name: each is one function, registered by a decorator."""
 
-import difflib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from pockjax._names import Registry
 from pockjax.selection._problem import Problem
 
 Criterion = Callable[[Problem], np.ndarray]
 Elements = dict[str, np.ndarray]
 PerElement = Callable[[Problem, int], Elements]
 
-_CRITERIA: dict[str, Criterion] = {}
-_PER_ELEMENT: dict[str, PerElement] = {}
+_CRITERIA = Registry[Criterion]("criterion")
+_PER_ELEMENT = Registry[PerElement]("criterion for channels")
 
 
 def criterion(name: str) -> Callable[[Criterion], Criterion]:
@@ -22,14 +21,7 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
     Raises:
         ValueError: the name is taken.
     """
-
-    def register(function: Criterion) -> Criterion:
-        if name in _CRITERIA:
-            raise ValueError(f"a criterion named {name!r} is registered already")
-        _CRITERIA[name] = function
-        return function
-
-    return register
+    return _CRITERIA.register(name)
 
 
 def per_element(
@@ -52,7 +44,7 @@ def per_element(
             return values if finish is None else finish(values)
 
         criterion(name)(of_units)
-        _PER_ELEMENT[name] = function
+        _PER_ELEMENT.add(name, function)
         return function
 
     return register
@@ -60,7 +52,7 @@ def per_element(
 
 def names() -> tuple[str, ...]:
     """The criteria that there are."""
-    return tuple(sorted(_CRITERIA))
+    return _CRITERIA.names()
 
 
 def criterion_named(name: str) -> Criterion:
@@ -69,8 +61,6 @@ def criterion_named(name: str) -> Criterion:
     Raises:
         ValueError: there is none; the message has those that there are.
     """
-    if name not in _CRITERIA:
-        raise ValueError(_unknown("criterion", name, names()))
     return _CRITERIA[name]
 
 
@@ -80,14 +70,7 @@ def elements_named(name: str) -> PerElement:
     Raises:
         ValueError: there is none, or it says nothing of single elements.
     """
-    if name not in _PER_ELEMENT:
-        raise ValueError(_unknown("criterion for channels", name, tuple(sorted(_PER_ELEMENT))))
     return _PER_ELEMENT[name]
-
-
-def _unknown(what: str, name: str, known: tuple[str, ...]) -> str:
-    near: Any = difflib.get_close_matches(name, known) or known
-    return f"no {what} is named {name!r}; there are: {', '.join(near)}"
 
 
 def _sums(problem: Problem, elements: Elements) -> np.ndarray:

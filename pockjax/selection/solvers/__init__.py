@@ -5,9 +5,7 @@ from pockjax.selection.solvers._problem import Cost as Cost
 from pockjax.selection.solvers._problem import InfeasibleError as InfeasibleError
 from pockjax.selection.solvers._problem import Problem as Problem
 from pockjax.selection.solvers._problem import Solution as Solution
+from pockjax.selection.solvers._registry import SOLVERS as SOLVERS
 from pockjax.selection.solvers._registry import Solver as Solver
-from pockjax.selection.solvers._registry import names as names
-from pockjax.selection.solvers._registry import register as register
-from pockjax.selection.solvers._registry import solver as solver
 
 __all__ = ["_evolution", "_greedy", "_milp", "_random"]  # imported for what they register

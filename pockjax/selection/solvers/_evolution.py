@@ -4,10 +4,10 @@ import numpy as np
 
 from pockjax.selection.solvers import _greedy, _random
 from pockjax.selection.solvers._problem import Partial, Problem, Solution
-from pockjax.selection.solvers._registry import register
+from pockjax.selection.solvers._registry import SOLVERS
 
 
-@register("evolution")
+@SOLVERS.register("evolution")
 def solve(
     problem: Problem,
     *,

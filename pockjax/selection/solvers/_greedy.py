@@ -3,10 +3,10 @@
 import numpy as np
 
 from pockjax.selection.solvers._problem import Partial, Problem, Solution, best_single, better
-from pockjax.selection.solvers._registry import register
+from pockjax.selection.solvers._registry import SOLVERS
 
 
-@register("greedy")
+@SOLVERS.register("greedy")
 def solve(problem: Problem, *, seed: int = 0) -> Solution:
     """Adds units, or exchanges one for another of its group, by value gained for cost added.
 

@@ -7,10 +7,10 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from pockjax.selection.solvers._problem import InfeasibleError, Problem, Solution
-from pockjax.selection.solvers._registry import register
+from pockjax.selection.solvers._registry import SOLVERS
 
 
-@register("milp")
+@SOLVERS.register("milp")
 def solve(problem: Problem, *, seed: int = 0, nodes: int = 5000) -> Solution:
     """Chooses what is worth most, and proves it, with SciPy's HiGHS.
 

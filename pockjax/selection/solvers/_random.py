@@ -3,10 +3,10 @@
 import numpy as np
 
 from pockjax.selection.solvers._problem import Partial, Problem, Solution, best_single, better
-from pockjax.selection.solvers._registry import register
+from pockjax.selection.solvers._registry import SOLVERS
 
 
-@register("random")
+@SOLVERS.register("random")
 def solve(problem: Problem, *, seed: int = 0, evaluations: int = 256) -> Solution:
     """The best of some random choices, each filled up until nothing more fits.
 

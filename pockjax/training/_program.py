@@ -1,0 +1,100 @@
+"""How an update becomes an executable: variants, compiler options, the library for products."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from pockjax.autodiff import is_array
+from pockjax.costs import count_flops
+from pockjax.rewrites import DEFAULT_LIBRARY, LIBRARIES, Rewriter, fastest
+from pockjax.training._state import Metrics, State
+from pockjax.training._trees import made_up
+from pockjax.training._update import Update
+
+Residuals = Literal["auto", "kept", "xla"]
+XLA, DEPTH_FIRST = "xla", "kept, depth first"
+
+# Operations; below, a step is quick with any library, and above, its products are so large that
+# XLA's choice is the best.
+_WORTH_TIMING = range(200_000_000, 20_000_000_000)
+_MEMORY_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+def variants(residuals: Residuals) -> tuple[str, ...]:
+    """What is compiled, to take the one that needs the least memory."""
+    if residuals != "auto":
+        return (residuals,)
+    return ("kept", XLA, *((DEPTH_FIRST,) if jax.default_backend() == "cpu" else ()))
+
+
+@dataclass(frozen=True)
+class Program:
+    """How an update is compiled.
+
+    Attributes:
+        kept: whether what the backward pass keeps is fixed.
+        early: whether parameters are written within the backward pass.
+        rewriter: finds faster forms; None to leave all as it is.
+        depth_first: order operations for the least memory; XLA's usual order on a CPU goes through
+            all that is ready first, and computes what the backward pass needs again for all layers
+            at its start.
+        library: what computes matrix products; None to find out which is the fastest here.
+    """
+
+    kept: bool
+    early: bool
+    rewriter: Rewriter | None
+    depth_first: bool = False
+    library: str | None = None
+
+    def function(self, update: Update) -> Callable[..., tuple[State, Metrics]]:
+        """One step."""
+        return update.step(self.kept, self.early)
+
+    def compiled(
+        self, update: Update, fun: Callable[..., Any] | None = None, batch: Any = None
+    ) -> tuple[str, Any]:
+        """The executable of one step, or of another function, on the state's arrays in a row.
+
+        Returns:
+            The library that computes its products, and the executable.
+        """
+        # A state goes in where it came out, so the one must be said to be the other.
+        shardings = None
+        if update.shardings is not None:
+            shardings = (jax.tree.leaves(update.shardings), None)
+        fun = self.function(update) if fun is None else fun
+        batch = update.arrays_of(update.batch) if batch is None else batch
+        if self.rewriter is not None:
+            fun = partial(self.rewriter.run, fun)
+        step = jax.jit(update.layout.on_rows(fun), donate_argnums=0, out_shardings=shardings)
+        lowered = step.lower(jax.tree.leaves(update.example_state), *batch)
+        options = _MEMORY_ORDER if self.depth_first else {}
+        if self.library is not None or not self._is_timed(update):
+            library = self.library or DEFAULT_LIBRARY
+            return library, lowered.compile(compiler_options=LIBRARIES[library] | options or None)
+        return fastest(lowered, lambda executable: _runs(executable, update, batch), options)
+
+    def _is_timed(self, update: Update) -> bool:
+        """Whether it is worth while to time the step with each library."""
+        if self.rewriter is None or not self.rewriter.measure:
+            return False
+        arrays = jax.tree.leaves((update.example_state, update.batch))
+        return count_flops(update.joint.jaxpr) in _WORTH_TIMING and all(
+            isinstance(a.dtype, np.dtype) for a in arrays if is_array(a)
+        )
+
+
+def _runs(executable: Any, update: Update, batch: Any) -> Callable[[], Any]:
+    """Runs a step on arrays that are made up."""
+    state, arrays = made_up((jax.tree.leaves(update.example_state), batch))
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = jax.block_until_ready(executable(state, *arrays))
+
+    return run
