@@ -378,5 +378,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    pj.keep_memory()
     main(tyro.cli(Config))

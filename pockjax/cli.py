@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from pockjax._allocator import keep_memory
+from pockjax._allocator import begin_again
 from pockjax._extras import MissingExtraError, require
 
 
@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for an error that was explained, 2 for wrong arguments, 130 for Ctrl-C.
     """
     if arguments is None:  # the process is ours, not that of a program that calls this
-        keep_memory()
+        if sys.argv[1:] != ["--version"]:
+            begin_again()
         arguments = sys.argv[1:]
     try:
         if list(arguments) == ["--version"]:

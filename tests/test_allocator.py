@@ -61,7 +61,7 @@ def test_another_c_library_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch):
     assert not _allocator.is_supported() and not _allocator.set_options()
 
 
-@pytest.mark.parametrize("program", ["pockjax.cli", "pockjax.demo._worker"])
+@pytest.mark.parametrize("program", ["pockjax.cli", "pockjax.demo"])
 def test_programs_of_ours_can_still_keep_memory_once_imported(program: str):
     printed = _printed(f"import {program}, pockjax; print(pockjax.keep_memory())")
     assert printed == f"{_allocator.is_supported()}\n"
@@ -70,21 +70,58 @@ def test_programs_of_ours_can_still_keep_memory_once_imported(program: str):
 def test_advice_is_given_once_and_only_for_large_steps(monkeypatch, caplog):
     monkeypatch.setattr(_allocator, "_told", False)
     monkeypatch.setattr(_allocator, "_kept", False)
-    monkeypatch.setattr(_allocator, "is_supported", lambda: True)
-    monkeypatch.delenv("POCKJAX_KEEP_MEMORY", raising=False)
+    monkeypatch.setattr(_allocator, "has_huge_pages", lambda: True)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.delenv("POCKJAX_HUGE_PAGES", raising=False)
     _allocator.advise(2**20)
     assert not caplog.records
     _allocator.advise(64 * 2**20)
     _allocator.advise(64 * 2**20)
     [record] = caplog.records
-    assert "64 MiB" in record.getMessage() and "pj.keep_memory()" in record.getMessage()
+    assert "64 MiB" in record.getMessage() and _allocator.SETTING in record.getMessage()
 
 
 @pytest.mark.parametrize("silent", ["kept", "switched off"])
 def test_no_advice_where_it_is_followed_or_not_wanted(silent: str, monkeypatch, caplog):
     monkeypatch.setattr(_allocator, "_told", False)
-    monkeypatch.setattr(_allocator, "is_supported", lambda: True)
+    monkeypatch.setattr(_allocator, "has_huge_pages", lambda: True)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.delenv("POCKJAX_HUGE_PAGES", raising=False)
     monkeypatch.setattr(_allocator, "_kept", silent == "kept")
-    monkeypatch.setenv("POCKJAX_KEEP_MEMORY", "0" if silent == "switched off" else "")
+    monkeypatch.setenv("POCKJAX_HUGE_PAGES", "0" if silent == "switched off" else "1")
     _allocator.advise(64 * 2**20)
     assert not caplog.records
+
+
+_SHOW = (
+    "import os, sys; from pockjax._allocator import begin_again; begin_again(); "
+    "print(os.environ.get('GLIBC_TUNABLES'), os.getpid(), sys.argv[1:])"
+)
+
+
+def _begun(**environment: str) -> list[str]:
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "POCKJAX_HUGE_PAGES")
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SHOW, "a b", "-c"],
+        env=inherited | environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    setting, pid, *arguments = out.split(maxsplit=2)
+    assert int(pid) == process.pid and arguments == ["['a b', '-c']\n"]
+    return [setting]
+
+
+@pytest.mark.skipif(not _allocator.has_huge_pages(), reason="needs glibc and huge pages")
+def test_begins_again_with_huge_pages_once_and_as_the_same_process():
+    assert _begun() == ["glibc.malloc.hugetlb=1"]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"POCKJAX_HUGE_PAGES": "0"}, {"GLIBC_TUNABLES": "glibc.malloc.check=0"}],
+)
+def test_does_not_begin_again_where_somebody_has_chosen(environment):
+    assert _begun(**environment) == [environment.get("GLIBC_TUNABLES", "None")]

@@ -68,7 +68,7 @@ class Config:
     rounds: int = 8
     steps: int = 5
     together: int = 8
-    memory: Memory = "kept"
+    memory: Memory = "hugepages"
     again: bool = False
     compare_only: bool = False
     out: Path = Path("experiments/results/speed")

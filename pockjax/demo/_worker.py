@@ -60,7 +60,6 @@ def work(job: Job, events: Connection, log: Path) -> None:
 
     Made for `multiprocessing.Process`. Whoever starts it also ends it: Ctrl-C is not for the child.
     """
-    pj.keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
