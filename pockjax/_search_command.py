@@ -19,6 +19,8 @@ from pockjax._names import unknown_key
 from pockjax._tasks import classification
 from pockjax.selection import Budget, Found, Point, Search, Sensitivity, sensitivity, units
 from pockjax.selection._budget import amount
+from pockjax.selection.criteria import criterion_named
+from pockjax.selection.solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,24 @@ class SearchConfig:
         _check_keys(self.budget, Budget, "budget")
         Budget(**self.budget)
         for name, kind in (("ratios", float), ("seeds", int)):
-            object.__setattr__(self, name, tuple(map(kind, getattr(self, name))))
+            try:
+                object.__setattr__(self, name, tuple(map(kind, getattr(self, name))))
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{name} must be a list of numbers, got {getattr(self, name)!r}"
+                ) from None
+        if not all(0 < ratio <= 1 for ratio in self.ratios):
+            raise ValueError(f"ratios are above 0 and at most 1, got {list(self.ratios)}")
+        if not isinstance(self.out, str | Path):
+            raise ValueError(f"out must be a folder, got {self.out!r}")
         object.__setattr__(self, "out", Path(self.out))
         for name in ("batch", "size", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        # Before the sensitivity is measured, which takes minutes.
+        criterion_named(self.criterion)
+        SOLVERS[self.solver]
 
     @classmethod
     def load(cls, path: Path) -> "SearchConfig":
@@ -91,6 +106,9 @@ class SearchConfig:
             if not isinstance(content, Mapping):
                 raise ValueError(f"must be a mapping, got {type(content).__name__}")
             _check_keys(content, cls, "field")
+            missing = [name for name in ("model", "budget") if name not in content]
+            if missing:
+                raise ValueError(f"{missing[0]} is missing")
             return cls(**content)
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error

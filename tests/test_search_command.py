@@ -68,7 +68,14 @@ def test_a_scheme_is_written_whose_step_keeps_the_budget(tmp_path, images):
         ({"budget": {"memry": "3MiB"}}, r"unknown budget 'memry' \(did you mean memory\?\)"),
         ({"budget": {"memory": 0.3}}, "might be a fraction or a number of bytes"),
         ({"budget": "3MiB"}, "budget must be a mapping"),
-        ({"batch": 0}, "batch is at least 1"),
+        ({"batch": 0}, "batch must be a whole number of at least 1"),
+        ({"batch": "8"}, "batch must be a whole number of at least 1, got '8'"),
+        ({"ratios": 0.5}, "ratios must be a list of numbers"),
+        ({"ratios": [0.5, 2]}, "ratios are above 0 and at most 1"),
+        ({"seeds": 3}, "seeds must be a list of numbers"),
+        ({"out": None}, "out must be a folder"),
+        ({"criterion": "fischer"}, "no criterion is named 'fischer'"),
+        ({"solver": "mlip"}, "no solver is named 'mlip'"),
     ],
 )
 def test_configurations_that_are_wrong(tmp_path, images, changed, message):

@@ -1,5 +1,6 @@
 """Budgets: what a training step may take."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -139,17 +140,29 @@ def _positive(name: str, value: float | str, number: float) -> float:
     return number
 
 
-def amount(name: str, value: float) -> str:
+def amount(name: str, value: float, *, up: bool = False) -> str:
     """An amount of a budget with its unit.
+
+    Args:
+        name: of what is bounded.
+        value: in bytes, seconds or operations.
+        up: round up instead of to the nearest, so that it is no less than ``value``.
 
     >>> amount("memory", 50331648), amount("latency", 0.02), amount("flops", 3e9)
     ('48 MiB', '20 ms', '3 GFLOP')
+    >>> amount("memory", 2**20 + 1), amount("memory", 2**20 + 1, up=True)
+    ('1 MiB', '1.001 MiB')
     """
     kind = _KINDS[name]
-    if kind == "seconds":
-        return f"{value * 1e3:.4g} ms"
     units = {unit: size for unit, size in _UNITS[kind].items() if "i" in unit or kind != "bytes"}
+    if kind == "seconds":
+        units = {"ms": units["ms"]}
     unit = max((u for u in units if units[u] <= value), key=units.__getitem__, default=None)
+    if kind == "seconds":
+        unit = "ms"
     if unit is None:
-        return f"{value:.0f} {'B' if kind == 'bytes' else 'FLOP'}"
-    return f"{value / units[unit]:.4g} {unit}"
+        return f"{math.ceil(value) if up else round(value)} {'B' if kind == 'bytes' else 'FLOP'}"
+    number = value / units[unit]
+    if up and float(f"{number:.4g}") < number:
+        number += 10.0 ** (math.floor(math.log10(number)) - 3)
+    return f"{number:.4g} {unit}"

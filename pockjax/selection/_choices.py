@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import optax
 
+from pockjax._compat import eval_jaxpr
 from pockjax._paths import flatten_with_paths
-from pockjax.autodiff import Plan
+from pockjax.autodiff import Plan, trace
 from pockjax.costs import CompiledCost, Prediction
 from pockjax.masks import Part
 from pockjax.masks import mask as make_mask
@@ -58,6 +59,9 @@ class Choices:
             raise ValueError("there are no units to choose from")
         self.units = tuple(unit for unit, _ in pairs)
         self.values = np.array([worth for _, worth in pairs])
+        for unit, worth in pairs:
+            if not np.isfinite(worth):
+                raise ValueError(f"what '{unit.name}' is worth is {worth}, which no search can use")
         members: dict[str, list[int]] = {}
         # One mask trains one block of an array: layers of a stack that are offered with different
         # channels exclude each other.
@@ -166,9 +170,10 @@ class Choices:
     def _inference_bytes(self) -> int:
         """Memory of the forward pass alone."""
         key = self._options.get("key")
-        args = (self.params, *self._batch, *([] if key is None else [key]))
-        shapes = jax.tree.map(jax.typeof, args)
-        return CompiledCost.of(jax.jit(self._fun).lower(*shapes).compile()).total_bytes
+        args = (*self._batch, *([] if key is None else [key]))
+        primal = trace(self._fun, self.params, args, has_aux=self._options.get("has_aux", False))
+        forward = jax.jit(lambda *arrays: eval_jaxpr(primal.jaxpr, primal.jaxpr.consts, *arrays))
+        return CompiledCost.of(forward.lower(*primal.jaxpr.in_avals).compile()).total_bytes
 
     def _measured(self, step: Step, names: Iterable[str]) -> dict[str, float]:
         found = {}

@@ -10,10 +10,11 @@ from typing import Any
 import optax
 
 from pockjax._paths import flatten_with_paths
+from pockjax.autodiff import Arrays
 from pockjax.masks import MaskError
 from pockjax.masks import mask as make_mask
 from pockjax.selection._channels import choose_channels
-from pockjax.selection._problem import Batch, Problem, as_batches
+from pockjax.selection._problem import Batch, Bound, Problem, arrays_of, as_batches
 from pockjax.selection._run import Runner
 from pockjax.selection._sensitivity import Sensitivity
 from pockjax.selection._units import Unit, is_part, union
@@ -104,6 +105,11 @@ def sensitivity(
         batches, judged = _divided(batches)
     else:
         judged = batches
+    if not all(Arrays.of(batches[0]).is_array):
+        # Constants are the same in all batches: the functions hold them, programs take arrays.
+        fun = Bound(fun, batches[0])
+        evaluate = None if evaluate is None else Bound(evaluate, batches[0])
+        batches, judged = (tuple(map(arrays_of, some)) for some in (batches, judged))
     if steps < 1 or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"steps must be at least 1 and seeds distinct, got {steps} and {seeds}")
     chosen = find_units(fun, params, *batches[0]) if units is None else tuple(units)

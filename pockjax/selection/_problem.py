@@ -121,6 +121,28 @@ def as_batches(data: Iterable[Any]) -> tuple[Batch, ...]:
     return batches
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A function that is given the arrays of a batch, and knows what else is in one.
+
+    Attributes:
+        fun: ``fun(params, *batch)``.
+        batch: an example, whose constants are those of every batch.
+    """
+
+    fun: Callable[..., Any]
+    batch: Batch
+
+    def __call__(self, params: PyTree, *arrays: Any) -> Any:
+        """The function of a whole batch."""
+        return self.fun(params, *Arrays.of(self.batch).tree(arrays))
+
+
+def arrays_of(batch: Batch) -> Batch:
+    """The arrays of a batch, without its constants."""
+    return tuple(Arrays.of(batch).arrays)
+
+
 def as_numpy(tree: PyTree) -> PyTree:
     """The tree with NumPy arrays in place of JAX's, so that it can be sent elsewhere."""
     return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, tree)

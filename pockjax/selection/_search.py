@@ -130,6 +130,9 @@ class Search:
             slack: a compiled step that leaves less than this fraction of its budget is good enough.
             **options: of `compile`.
         """
+        if remat and options.get("frozen_dtype") is not None:
+            # What is rounded depends on the mask, and so do the equations that a plan counts.
+            raise ValueError("remat and frozen_dtype cannot be searched for together")
         tx = optax.adam(1e-3) if tx is None else tx
         self._choices = Choices(fun, params, data, sens, tx, beside, options)
         self._criterion, self._remat = sens.criterion, remat
@@ -361,7 +364,8 @@ class Search:
             key=lambda a: max(a.compiled[name] / limits[name] for name in limits),
         )
         needs = ", ".join(
-            f"{name} {amount(name, nearest.compiled[name])} (asked for {amount(name, limit)})"
+            f"{name} {amount(name, nearest.compiled[name], up=True)} "
+            f"(asked for {amount(name, limit)})"
             for name, limit in limits.items()
         )
         names = ", ".join(self._choices.units[u].name for u in nearest.solution.chosen)

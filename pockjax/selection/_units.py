@@ -241,11 +241,11 @@ def _of_weight(
                 count = grain * max(1, round(ratio * shape[axis] / grain))
                 chosen[axis], share = chosen[axis][:count], count / shape[axis]
             key = tuple(map(len, chosen))
-            if key in found or (ratio < 1 and share == 1):
+            if key in found:
                 continue
             found.add(key)
             yield Unit(
-                name=name if ratio == 1 else f"{name} {kind} {ratio:g}",
+                name=name if share == 1 else f"{name} {kind} {ratio:g}",
                 group=name,
                 kind="weight",
                 entries=((path, as_entry(chosen, shape)),),

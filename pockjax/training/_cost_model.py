@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -25,9 +24,10 @@ from pockjax.costs import (
 )
 from pockjax.masks import resolve
 from pockjax.rewrites import BACKENDS, Rewriter
+from pockjax.training._program import Options
 from pockjax.training._step import Step
 from pockjax.training._step import compile as compile_step
-from pockjax.training._trees import check_batch, made_up, shapes_of
+from pockjax.training._trees import made_up
 from pockjax.training._update import Update
 
 PyTree = Any
@@ -63,16 +63,19 @@ class CostModel:
         tx: optax.GradientTransformation,
         params: PyTree,
         *batch: Any,
-        has_aux: bool = False,
-        accumulate: int = 1,
-        key: jax.Array | None = None,
-        merge_aux: Callable[[PyTree, PyTree], PyTree] | None = None,
-        residuals: str = "kept",
-        rewrites: str = "measured",
-        updates: str = "early",
-        frozen_dtype: Any = None,
+        **options: Any,
     ):
         """Takes what `compile` takes, without the mask.
+
+        Args:
+            fun: the loss.
+            tx: the optimizer.
+            params: the parameters, or their shapes.
+            *batch: an example of the other arguments, or their shapes.
+            **options: of `compile`, but for ``remat``.
+
+        Raises:
+            ValueError: if an option is none of those that there are.
 
         >>> import jax.numpy as jnp
         >>> import pockjax as pj
@@ -82,30 +85,17 @@ class CostModel:
         >>> costs.predict({"w": False, "b": True}).gradient_bytes
         8
         """
-        batch = shapes_of(batch, numbers=True)
-        check_batch(batch, accumulate)
-        nothing = IndexedMask.of(False)
-        self._update = Update(
-            fun, nothing, tx, shapes_of(params), batch, has_aux, accumulate, key, merge_aux,
-            None if frozen_dtype is None else jnp.dtype(frozen_dtype),
-        )  # fmt: skip
-        self._variants = {"auto": (True, False), "kept": (True,), "xla": (False,)}[residuals]
-        self._early = updates == "early"
-        self._rewrites = rewrites
-        self._options: dict[str, Any] = {
-            "has_aux": has_aux, "accumulate": accumulate, "key": key, "merge_aux": merge_aux,
-            "residuals": residuals, "rewrites": rewrites, "updates": updates,
-            "frozen_dtype": frozen_dtype,
-        }  # fmt: skip
+        self._options = Options(**options)
+        self._update = self._options.update(fun, False, tx, params, batch)
         self.probes: list[Probe] = []
         self._correction = np.array([1.0, 0.0])
         self._rates: Rates | None = None
 
     @cached_property
     def _rewriter(self) -> Rewriter | None:
-        if self._rewrites == "none" or jax.default_backend() not in BACKENDS:
+        if self._options.rewrites == "none" or jax.default_backend() not in BACKENDS:
             return None
-        return Rewriter(measure=self._rewrites == "measured")
+        return Rewriter(measure=self._options.rewrites == "measured")
 
     def _update_of(self, mask: PyTree, remat: Plan | bool = ()) -> Update:
         """The update of a mask; shares the trace of the loss."""
@@ -157,12 +147,12 @@ class CostModel:
         return step
 
     def _compiled(self, mask: PyTree, remat: Plan | bool = ()) -> Step:
-        u = self._update
-        return compile_step(u.fun, mask, u.tx, u.params, *u.batch, remat=remat, **self._options)
+        u, options = self._update, vars(self._options)
+        return compile_step(u.fun, mask, u.tx, u.params, *u.batch, remat=remat, **options)
 
     def best_plan(self, mask: PyTree) -> Plan:
         """The blocks to compute again so that a mask's backward pass keeps the fewest bytes."""
-        return self._update.primal.best_plan(mask)
+        return self._update_of(mask).primal.best_plan(mask)
 
     def calibrate(self, masks: Sequence[PyTree], repeats: int = 5) -> None:
         """Compiles and times a few masks, and corrects later predictions by what was off.
@@ -170,7 +160,12 @@ class CostModel:
         Args:
             masks: three to five, from the cheapest to the dearest; more are better.
             repeats: how often each is run, in turn.
+
+        Raises:
+            ValueError: there are no masks.
         """
+        if not masks:
+            raise ValueError("there are no masks to compile and time")
         steps = [self._compiled(mask) for mask in masks]
         traced = [self._best(self._update_of(mask)) for mask in masks]
         for step, (jaxpr, predicted), seconds in zip(
@@ -263,12 +258,13 @@ class CostModel:
 
     def _best(self, update: Update) -> tuple[Jaxpr, int]:
         """The variant that `compile` would choose, and the bytes of its intermediate arrays."""
-        found = [self._jaxpr(update, kept) for kept in self._variants]
+        kinds = {"auto": (True, False), "kept": (True,), "xla": (False,)}[self._options.residuals]
+        found = [self._jaxpr(update, kept) for kept in kinds]
         return min(((j, predict_temp_bytes(j)) for j in found), key=lambda pair: pair[1])
 
     def _jaxpr(self, update: Update, kept: bool = True) -> Jaxpr:
         """The whole step, as it would be handed to XLA."""
-        step = update.step(kept, self._early)
+        step = update.step(kept, self._options.updates == "early")
         jaxpr = jax.make_jaxpr(step)(update.example_state, *update.arrays_of(update.batch))
         if self._rewriter is not None:
             jaxpr = self._rewriter.rewritten(jaxpr)

@@ -1,5 +1,6 @@
 """The training loop: batches in, a trained state out; can be interrupted and taken up again."""
 
+import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from pockjax._progress import Progress
@@ -83,15 +85,16 @@ def fit(
         raise ValueError(f"steps and every are positive numbers, got {steps} and {every}")
     file = None if checkpoint is None else Path(checkpoint) / _FILE
     done, losses, position = 0, [], None
+    identity = {} if file is None else {"mask": step.mask_text, **_first_of(batches)}
     if file is not None and file.exists():
-        state, position, earlier = load(file, state)
+        state, position, earlier = load(file, state, identity)
         losses = list(earlier)
         done = len(losses)
     source = _stream(batches, done, position)
 
     def write() -> None:
         if file is not None:
-            save(file, state, _position(batches), np.asarray(losses, np.float64))
+            save(file, state, _position(batches), np.asarray(losses, np.float64), identity)
 
     shown = Progress("training", steps, done=done, shown=progress)
     with shown, _finishing() as interrupted:
@@ -131,6 +134,18 @@ def _stream(batches: Any, done: int, position: Mapping[str, Any] | None) -> Iter
                 "there are no more batches; give a list or a loader, which can be gone over again, "
                 "or an iterator that is long enough"
             )
+
+
+def _first_of(batches: Any) -> dict[str, str]:
+    """What tells data that can be gone over again from others; a loader tells it by itself."""
+    if hasattr(batches, "state_dict") or isinstance(batches, Iterator):
+        return {}
+    digest = hashlib.blake2b(digest_size=16)
+    for x in jax.tree.leaves(next(iter(batches), ())):
+        array = np.asarray(x)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return {"first batch": digest.hexdigest()}
 
 
 def _position(batches: Any) -> Mapping[str, Any]:

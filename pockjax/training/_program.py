@@ -3,25 +3,87 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
-from pockjax.autodiff import is_array
+from pockjax.autodiff import IndexedMask, Plan, is_array
 from pockjax.costs import count_flops
+from pockjax.masks import resolve
 from pockjax.rewrites import DEFAULT_LIBRARY, LIBRARIES, Rewriter, fastest
 from pockjax.training._state import Metrics, State
-from pockjax.training._trees import made_up
+from pockjax.training._trees import check_batch, made_up, shapes_of
 from pockjax.training._update import Update
 
+PyTree = Any
 Residuals = Literal["auto", "kept", "xla"]
+Rewrites = Literal["measured", "guessed", "none"]
+Updates = Literal["early", "late"]
 XLA, DEPTH_FIRST = "xla", "kept, depth first"
 
 # Operations; below, a step is quick with any library, and above, its products are so large that
 # XLA's choice is the best.
 _WORTH_TIMING = range(200_000_000, 20_000_000_000)
 _MEMORY_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `compile` is told beside a function, a mask, an optimizer, and shapes; see there."""
+
+    has_aux: bool = False
+    accumulate: int = 1
+    key: jax.Array | None = None
+    merge_aux: Callable[[PyTree, PyTree], PyTree] | None = None
+    residuals: Residuals = "kept"
+    rewrites: Rewrites = "measured"
+    updates: Updates = "early"
+    frozen_dtype: Any = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what makes no sense."""
+        for name, kind in (("residuals", Residuals), ("rewrites", Rewrites), ("updates", Updates)):
+            allowed = get_args(kind)
+            if getattr(self, name) not in allowed:
+                named = ", ".join(map(repr, allowed))
+                raise ValueError(f"{name} must be one of {named}, got {getattr(self, name)!r}")
+        if self.frozen_dtype is not None and not jnp.issubdtype(self.frozen_dtype, jnp.floating):
+            raise ValueError(
+                f"frozen_dtype must be a floating point dtype, got {self.frozen_dtype!r}"
+            )
+        if self.merge_aux is not None and not self.has_aux:
+            raise ValueError("merge_aux needs auxiliary outputs: a function with has_aux=True")
+
+    def update(
+        self,
+        fun: Callable[..., Any],
+        mask: PyTree,
+        tx: optax.GradientTransformation,
+        params: PyTree,
+        batch: tuple[Any, ...],
+        remat: Plan | bool = False,
+    ) -> Update:
+        """The update of a mask.
+
+        Raises:
+            MaskError: if the mask does not fit ``params``.
+            ValueError: if ``accumulate`` does not divide the batch.
+        """
+        if remat and self.residuals != "kept":
+            raise ValueError(
+                f"remat needs residuals='kept', got {self.residuals!r}: else XLA may undo it"
+            )
+        resolve(params, mask)
+        batch = shapes_of(batch, numbers=True)
+        check_batch(batch, self.accumulate)
+        dtype = None if self.frozen_dtype is None else jnp.dtype(self.frozen_dtype)
+        return Update(
+            fun, IndexedMask.of(mask), tx, shapes_of(params), batch, self.has_aux, self.accumulate,
+            self.key, self.merge_aux, dtype, remat,
+        )  # fmt: skip
 
 
 def variants(residuals: Residuals) -> tuple[str, ...]:

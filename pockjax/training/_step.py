@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,25 @@ import optax
 from pockjax._allocator import advise
 from pockjax.autodiff import IndexedMask, Plan, is_array
 from pockjax.costs import CompiledCost, Prediction
-from pockjax.masks import MaskError, pack, resolve
+from pockjax.masks import MaskError, Scheme, pack, resolve
 from pockjax.rewrites import BACKENDS, Choice, Rewriter
 from pockjax.training._measure import Measurement, measured
-from pockjax.training._program import DEPTH_FIRST, XLA, Program, Residuals, variants
+from pockjax.training._program import (
+    DEPTH_FIRST,
+    XLA,
+    Options,
+    Program,
+    Residuals,
+    Rewrites,
+    Updates,
+    variants,
+)
 from pockjax.training._report import Report, make_report
 from pockjax.training._state import Metrics, State
-from pockjax.training._trees import check_batch, difference, shapes_of
+from pockjax.training._trees import difference, shapes_of
 from pockjax.training._update import Update
 
 PyTree = Any
-Rewrites = Literal["measured", "guessed", "none"]
-Updates = Literal["early", "late"]
 
 
 def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
@@ -106,25 +113,10 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     >>> float(metrics.loss)
     16.0
     """
-    if residuals not in ("auto", "kept", "xla"):
-        raise ValueError(f"residuals must be 'auto', 'kept' or 'xla', got {residuals!r}")
-    if rewrites not in ("measured", "guessed", "none"):
-        raise ValueError(f"rewrites must be 'measured', 'guessed' or 'none', got {rewrites!r}")
-    if frozen_dtype is not None and not jnp.issubdtype(frozen_dtype, jnp.floating):
-        raise ValueError(f"frozen_dtype must be a floating point dtype, got {frozen_dtype!r}")
-    if updates not in ("early", "late"):
-        raise ValueError(f"updates must be 'early' or 'late', got {updates!r}")
-    if merge_aux is not None and not has_aux:
-        raise ValueError("merge_aux needs auxiliary outputs: a function with has_aux=True")
-    if remat and residuals != "kept":
-        raise ValueError(f"remat needs residuals='kept', got {residuals!r}: else XLA may undo it")
-    resolve(params, mask)
-    batch = shapes_of(batch, numbers=True)
-    check_batch(batch, accumulate)
-    update = Update(
-        fun, IndexedMask.of(mask), tx, shapes_of(params), batch, has_aux, accumulate, key,
-        merge_aux, None if frozen_dtype is None else jnp.dtype(frozen_dtype), remat,
-    )  # fmt: skip
+    options = Options(
+        has_aux, accumulate, key, merge_aux, residuals, rewrites, updates, frozen_dtype
+    )
+    update = options.update(fun, mask, tx, params, batch, remat)
     rewriter = Rewriter(measure=rewrites == "measured")
     if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
         rewriter = None
@@ -367,6 +359,13 @@ class Step:
     def remat(self) -> Plan:
         """The spans of equations of the loss that the backward pass computes again."""
         return self._update.plan
+
+    @cached_property
+    def mask_text(self) -> str:
+        """The mask as text, as schemes are written; index arrays of the state by their length."""
+        mask = self._update.mask
+        lengths = [jnp.arange(len(x), dtype=x.dtype) for x in mask.indices]
+        return str(Scheme.from_mask(self._update.params, mask.tree(lengths)))
 
     @property
     def compiled(self) -> Any:

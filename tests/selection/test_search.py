@@ -233,3 +233,43 @@ def test_layers_of_a_stack_with_parts_of_their_channels():
         sens = _sensitivity(units(loss, params, x, ratios=ratios))
         scheme = pj.search(loss, params, (x,), sens, budget=pj.Budget(memory="1GiB"), tx=_TX)
         assert len(scheme.notes["units"]) == layers
+
+
+def test_the_smallest_budget_that_is_named_can_be_kept():
+    """Amounts in the message are rounded up."""
+    for quantity in ("memory", "extra_memory", "flops", "optimizer"):
+        with pytest.raises(BudgetError) as caught:
+            _search("mlp").find(pj.Budget(**{quantity: "2B" if quantity != "flops" else "2FLOP"}))
+        named = str(caught.value).split("can be kept is ")[1].split(" (asked")[0]
+        number, unit = named.removeprefix(quantity).split()
+        found = _search("mlp").find(pj.Budget(**{quantity: number + unit}))
+        assert len(found.units) == 1
+
+
+def test_batches_with_constants_have_extra_memory_too():
+    params, x = {"w": jnp.ones((8, 4)), "b": jnp.zeros(4)}, jnp.ones((16, 8))
+
+    def loss(params, x, squared):
+        y = x @ params["w"] + params["b"]
+        return jnp.mean(y**2 if squared else y)
+
+    sens = _sensitivity(units(loss, params, x, True))
+    search = Search(loss, params, (x, True), sens, tx=_TX, **_OPTIONS)
+    assert search.find(pj.Budget(extra_memory="90%")).units
+
+
+@pytest.mark.parametrize("worth", [np.nan, np.inf])
+@pytest.mark.parametrize("solver", ["milp", "greedy"])
+def test_no_search_over_what_is_not_finite(worth, solver):
+    loss, params, batch, sens = _mlp()
+    values = sens.values.copy()
+    values[0, 1] = worth
+    broken = Sensitivity(sens.units, values, "broken")
+    with pytest.raises(ValueError, match=f"what '{sens.units[1].name}' is worth is"):
+        pj.search(loss, params, batch, broken, budget=pj.Budget(memory="90%"), solver=solver)
+
+
+def test_what_depends_on_the_mask_is_not_searched_with_plans():
+    loss, params, batch, sens = _mlp()
+    with pytest.raises(ValueError, match="remat and frozen_dtype"):
+        Search(loss, params, batch, sens, remat=True, frozen_dtype="bfloat16")

@@ -279,3 +279,14 @@ def test_plot_has_bars_for_weights_and_a_line_for_biases(tmp_path: Path) -> None
     [line, *_] = axes.lines
     np.testing.assert_allclose(line.get_ydata(), found.mean[len(weights) :][::-1])
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("criterion", ["finetune", "gradnorm"])
+def test_batches_may_hold_constants(criterion: str) -> None:
+    def with_flag(p: Any, *batch: Any) -> jax.Array:
+        *arrays, doubled = batch
+        return (2 if doubled else 1) * loss(p, *arrays)
+
+    data = [(*batch, False) for batch in batches()]
+    found = sensitivity(with_flag, params(), data, criterion, **OPTIONS)
+    np.testing.assert_array_equal(found.values, measured(criterion).values)

@@ -127,3 +127,28 @@ def test_sums_of_units_are_near_their_union(model: CostModel) -> None:
         )
         assert costs.cost(chosen, "flops") == pytest.approx(union.flops, rel=0.05)
         assert costs.cost(chosen, "memory_bytes") == pytest.approx(union.memory_bytes, rel=0.25)
+
+
+def test_options_are_checked_as_compile_checks_them() -> None:
+    wrongs: list[dict[str, Any]] = [
+        {"residuals": "foo"},
+        {"rewrites": "x"},
+        {"updates": "x"},
+        {"frozen_dtype": int},
+    ]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            CostModel(loss, TX, params(), jnp.ones((256, WIDTH)), **wrong)
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            pj.compile(loss, True, TX, params(), jnp.ones((256, WIDTH)), **wrong)
+    with pytest.raises(ValueError, match="no masks"):
+        CostModel(loss, TX, params(), jnp.ones((256, WIDTH))).calibrate([])
+
+
+def test_a_plan_is_of_the_program_that_is_compiled() -> None:
+    """What is rounded to half precision, and so the equations, depends on the mask."""
+    options: dict[str, Any] = {"frozen_dtype": "bfloat16", "rewrites": "none"}
+    mask = [{"w": i >= 1, "b": True} for i in range(LAYERS)]
+    plan = CostModel(loss, TX, params(), jnp.ones((256, WIDTH)), **options).best_plan(mask)
+    step = pj.compile(loss, mask, TX, params(), jnp.ones((256, WIDTH)), remat=True, **options)
+    assert plan == step.remat

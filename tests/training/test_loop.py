@@ -130,7 +130,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     run(step, state, 2, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="position is one in"):
         run(step, step.init(mlp_params()), checkpoint=tmp_path, batches=loader(examples=12))
-    with pytest.raises(ValueError, match="over other batches"):
+    with pytest.raises(ValueError, match="over another first batch"):
         run(step, step.init(mlp_params()), checkpoint=tmp_path, batches=[1])
     x = jnp.ones((SIZE, WIDTH))
     other = pj.compile(mlp_loss, MASK, optax.sgd(0.1), mlp_params(), x, x)
@@ -182,3 +182,46 @@ def test_measures_on_a_copy_and_reports_it() -> None:
     assert int(state.step) == 0
     with pytest.raises(ValueError, match="at least one"):
         step.measure(state, x, x, steps=0)
+
+
+def pairs(count: int = 3, scale: float = 1.0) -> list[tuple[jax.Array, jax.Array]]:
+    x = jax.random.normal(jax.random.key(0), (count, SIZE, WIDTH))
+    return [(scale * one, jnp.roll(one, 1, axis=1)) for one in x]
+
+
+def test_no_run_goes_on_over_other_data_or_under_another_mask(tmp_path: Path) -> None:
+    step, state = step_and_state()
+    given: dict[str, Any] = {"arguments": tuple, "checkpoint": tmp_path}
+    run(step, state, 3, batches=pairs(), **given)
+    with pytest.raises(ValueError, match="over another first batch"):
+        run(step, step.init(mlp_params()), 6, batches=pairs(scale=2.0), **given)
+    x = jnp.ones((SIZE, WIDTH))
+    params = {"w": jnp.ones((WIDTH, 4))}
+
+    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.mean((x @ params["w"]) ** 2)
+
+    for k, indices in enumerate(([0, 2], [1, 3])):
+        one = pj.compile(loss, {"w": pj.part[:, indices]}, optax.adam(1e-2), params, x, x)
+        given["checkpoint"] = tmp_path / "masks"
+        if k == 0:
+            run(one, one.init(params), 3, batches=pairs(), **given)
+        else:
+            with pytest.raises(ValueError, match="over another mask"):
+                run(one, one.init(params), 6, batches=pairs(), **given)
+
+
+def test_any_damage_to_a_checkpoint_is_named(tmp_path: Path) -> None:
+    step, state = step_and_state()
+    given: dict[str, Any] = {"arguments": tuple, "checkpoint": tmp_path, "batches": pairs()}
+    run(step, state, 3, **given)
+    [file] = tmp_path.iterdir()
+    whole, generator = file.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[generator.integers(len(damaged))] ^= 1 << int(generator.integers(8))
+        file.write_bytes(bytes(damaged))
+        try:
+            run(step, step.init(mlp_params()), 3, **given)
+        except ValueError as error:
+            assert str(file) in str(error)
