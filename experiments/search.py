@@ -2,23 +2,28 @@
 
 ``python -m experiments.search`` fine-tunes, for each task,
 
-- random masks of any size, and compares the accuracy that each reaches with its summed sensitivity
-  by every criterion (``masks``);
-- what `pj.search` finds in the memory of the published scheme, the published scheme itself, and
-  random masks that fill the same memory (``compare``).
+- full backpropagation, the published scheme, what `pj.search` finds in the memory of that scheme,
+  and random masks that fill the same memory (``compare``);
+- random masks of any size (``masks``);
 
-The new classifier is trained alone before anything is measured: of a random classifier, gradients
-say nothing of the layers below. Every result is kept in ``<out>/<task>.json`` as soon as it is
-there: an interrupted run goes on where it was. The tables are ``<out>.md``.
+and compares the accuracy that random masks reach with their summed sensitivity by every criterion:
+among masks of any size, and among those of one size, where larger is not simply better.
+
+Everything is trained at several learning rates, and counts at its best. The new classifier is
+trained alone before anything is measured: of a random classifier, gradients say nothing of the
+layers below. Every result is kept in ``<out>/<task>.json`` as soon as it is there: an interrupted
+run goes on where it was. The tables are ``<out>.md``.
 """
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +36,12 @@ import pockjax as pj
 from pockjax._files import replacing
 from pockjax._tasks import Task, arguments, classification
 from pockjax.data import evaluation_batches, training_batches
-from pockjax.selection import Found, Search, Sensitivity, Unit
+from pockjax.selection import Search, Sensitivity, Unit
 
 BESIDE = [("classifier/.*", "all")]
-CRITERIA = ("fisher", "taylor", "gradnorm", "snr", "magnitude", "random")
+OPTIONS: dict[str, Any] = {"rewrites": "guessed"}  # nothing is timed: the same on any machine
+CRITERIA = ("finetune", "fisher", "taylor", "gradnorm", "snr", "magnitude", "random")
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ class Setting:
         published: the scheme to stand beside.
         size: pixels of an image's side, or tokens of a text.
         batch: examples in a batch.
-        learning_rate: of Adam.
+        warm: steps in which the new classifier is trained alone before.
+        steps: of each fine-tuning.
     """
 
     model: str
@@ -55,14 +63,15 @@ class Setting:
     published: str
     size: int
     batch: int
-    learning_rate: float
+    warm: int
+    steps: int
 
 
 SETTINGS = {
     "mobilenet-clothing": Setting(
-        "mobilenet_v2", "images/clothing/train", "mobilenet_v2", 96, 16, 3e-4
+        "mobilenet_v2", "images/clothing/train", "mobilenet_v2", 96, 16, 100, 100
     ),
-    "minilm-bbc": Setting("all-minilm-l6-v2", "bbc-news", "minilm", 64, 8, 2e-4),
+    "minilm-bbc": Setting("all-minilm-l6-v2", "bbc-news", "minilm", 64, 8, 20, 40),
 }
 
 
@@ -72,26 +81,20 @@ class Config:
 
     Attributes:
         tasks: of ``SETTINGS``.
-        parts: ``masks``, ``compare``.
+        parts: ``compare``, ``masks``.
         criteria: what random masks are compared by.
-        criterion: what the search maximises.
-        budgets: of memory, beside that of the published scheme; fractions of full backpropagation.
-        steps: of each fine-tuning.
-        warm: steps in which the new classifier is trained alone before.
-        seeds: number of seeds of each comparison, and of random masks at a budget.
-        masks: random masks of any size.
+        searched: what searches maximise.
+        seeds: runs of the full, the published and the found masks.
+        masks: random masks of any size, and as many in the memory of the published scheme.
         examples: held-out examples at most.
         data: folder with data sets that are no source of the hub.
         out: folder for the results.
     """
 
     tasks: tuple[str, ...] = tuple(SETTINGS)
-    parts: tuple[str, ...] = ("masks", "compare")
+    parts: tuple[str, ...] = ("compare", "masks")
     criteria: tuple[str, ...] = CRITERIA
-    criterion: str = "fisher"
-    budgets: tuple[str, ...] = ()
-    steps: int = 60
-    warm: int = 100
+    searched: tuple[str, ...] = ("finetune", "fisher")
     seeds: int = 3
     masks: int = 30
     examples: int = 512
@@ -127,17 +130,22 @@ class Experiment:
         source = str(folder) if folder.is_dir() else self.setting.data
         self.task: Task = classification(self.setting.model, source, size=self.setting.size, seed=0)
         self.results = Results(config.out / f"{name}.json")
-        self.tx = optax.adam(self.setting.learning_rate)
-        self.batches = self.task.batches(size=self.setting.batch, count=8, seed=0)
-        self.params = self._trained(self._step(BESIDE, optax.adam(1e-3)), 99, config.warm)
+        # One compiled step serves all rates.
+        self.tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+        self.batches = self.task.batches(size=self.setting.batch, count=32, seed=0)
+        self._searches: list[Search] = []
+        warm = self._step(BESIDE)
+        self.params = self._trained(warm, 1e-3, 99, self.setting.warm, self.task.params)
 
-    def _step(self, rules: Any, tx: optax.GradientTransformation, **options: Any) -> Any:
+    def _step(self, rules: Any) -> pj.Step:
         params = self.task.params
-        mask = pj.mask(params, rules)
-        return pj.compile(self.task.loss, mask, tx, params, *self.batches[0], **options)
+        return pj.compile(
+            self.task.loss, pj.mask(params, rules), self.tx, params, *self.batches[0], **OPTIONS
+        )
 
-    def _trained(self, step: Any, seed: int, count: int, params: Any = None) -> Any:
-        state = step.init(self.task.params if params is None else params)
+    def _trained(self, step: pj.Step, rate: float, seed: int, count: int, params: Any) -> Any:
+        state = step.init(params)
+        state.opt_state.hyperparams["learning_rate"] = jnp.float32(rate)
         loader = training_batches(self.task.train, size=self.setting.batch, seed=seed)
         for _ in range(count):
             state, _ = step(state, *arguments(next(loader)))
@@ -165,15 +173,23 @@ class Experiment:
         found = np.mean([jax.device_get(self._judge(params, *b)) for b in self._held_out], axis=0)
         return {"accuracy": round(float(found[0]), 5), "loss": round(float(found[1]), 5)}
 
-    def reached(self, rules: Any, seeds: Sequence[int], remat: Any = False) -> dict[str, Any]:
-        """What fine-tuning a mask reaches, for each seed, and the memory of its compiled step."""
-        step = self._step(rules, self.tx, remat=remat)
+    def reached(self, rules: Any, seeds: Sequence[int], step: pj.Step | None = None) -> Any:
+        """What fine-tuning a mask reaches, and the memory of its compiled step.
+
+        Returns:
+            ``accuracy`` and ``loss`` for each learning rate and seed; ``memory`` in bytes.
+        """
+        step = step or self._step(rules)
         runs = [
-            self.judged(self._trained(step, seed, self.config.steps, self.params)) for seed in seeds
+            [
+                self.judged(self._trained(step, rate, seed, self.setting.steps, self.params))
+                for seed in seeds
+            ]
+            for rate in RATES
         ]
         return {
-            "accuracy": [run["accuracy"] for run in runs],
-            "loss": [run["loss"] for run in runs],
+            "accuracy": [[run["accuracy"] for run in row] for row in runs],
+            "loss": [[run["loss"] for run in row] for row in runs],
             "memory": step.report.compiled.total_bytes,
         }
 
@@ -183,27 +199,19 @@ class Experiment:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             sens = pj.sensitivity(
-                self.task.loss, self.params, self.batches, criterion, tx=self.tx, steps=8,
-                beside=BESIDE, progress=False,
+                self.task.loss, self.params, self.batches[:16], criterion, tx=self.tx, steps=16,
+                held_out=self.batches[16:], beside=BESIDE, folder=path.parent / "pieces",
             )  # fmt: skip
             sens.save(path)
         return Sensitivity.load(path)
-
-    @property
-    def key(self) -> str:
-        """What results of fine-tuning depend on."""
-        return f"{self.config.warm}+{self.config.steps} steps"
 
     def masks(self) -> None:
         """Random masks of any size, and what they reach."""
         units = pj.units(self.task.loss, self.task.params, *self.batches[0])
         by_group: dict[str, list[Unit]] = {}
-        for unit in units:
-            if not any(path.startswith("classifier/") for path, _ in unit.entries) or (
-                unit.kind == "bias"
-            ):
-                by_group.setdefault(unit.group, []).append(_without_classifier(unit))
-        self.results.get(f"start, {self.key}", lambda: self.judged(self.params))
+        for unit in map(_without_classifier, units):
+            if unit.entries:
+                by_group.setdefault(unit.group, []).append(unit)
         for number in range(self.config.masks):
             generator = np.random.default_rng([7, number])
             share = generator.uniform(0.05, 0.5)
@@ -211,48 +219,56 @@ class Experiment:
                 members[int(generator.integers(len(members)))]
                 for members in by_group.values() if generator.random() < share
             ]  # fmt: skip
-            chosen = [unit for unit in chosen if unit.entries]
-            mask = pj.union(self.task.params, [_classifier(self.task.params), *chosen])
+            mask = pj.union(self.task.params, [_classifier(), *chosen])
             self.results.get(
-                f"mask {number}, {self.key}",
+                f"mask {number}",
                 lambda mask=mask, chosen=chosen: {
                     "units": [unit.name for unit in chosen], **self.reached(mask, [0]),
                 },
             )  # fmt: skip
-        for criterion in self.config.criteria:
-            self.sensitivity(criterion)
 
     def compare(self) -> None:
         """Found, published and random masks at one budget."""
         seeds, get = range(self.config.seeds), self.results.get
         rules = f"configs/schemes/{self.setting.published}.yaml"
-        get(f"start, {self.key}", lambda: self.judged(self.params))
-        published = get(f"published, {self.key}", lambda: self.reached(rules, seeds))
-        get(f"full, {self.key}", lambda: self.reached([(".*", "all")], seeds))
-        sens = self.sensitivity(self.config.criterion)
-        search = Search(
+        get("start", lambda: {k: [[v]] for k, v in self.judged(self.params).items()})
+        get("full", lambda: self.reached([(".*", "all")], seeds))
+        published = get("published", lambda: self.reached(rules, seeds))
+        budget = pj.Budget(memory=published["memory"])
+        for criterion in self.config.searched:
+            get(f"found by {criterion}", lambda c=criterion: self.found(c, budget, seeds))
+        for draw in range(self.config.masks):
+            get(f"random {draw}", lambda d=draw: self.found("random", budget, [0], draw=d))
+
+    def _search(self, criterion: str) -> Search:
+        sens = self.sensitivity(criterion)
+        for search in self._searches:
+            with suppress(ValueError):  # of other units
+                return search.by(sens)
+        self._searches.append(Search(
             self.task.loss, self.params, self.batches[0], sens, tx=self.tx, beside=BESIDE,
-            remat=False,
-        )  # fmt: skip
-        for budget in (published["memory"], *self.config.budgets):
-            label = budget if isinstance(budget, str) else "as published"
+            **OPTIONS,
+        ))  # fmt: skip
+        return self._searches[-1]
 
-            def found(solver: str, seed: int, budget: Any = budget) -> dict[str, Any]:
-                options = {"evaluations": 1} if solver == "random" else {}
-                made = search.find(
-                    pj.Budget(memory=budget), solver=solver, seed=seed, solver_options=options
-                )
-                return _described(made)
-
-            name = f"{self.config.criterion} {label}"
-            scheme = get(f"scheme {name}", lambda f=found: f("milp", 0))
-            mask = pj.Scheme.parse(scheme["scheme"])
-            get(f"found {name}, {self.key}", lambda m=mask: self.reached(m, seeds))
-            for draw in seeds:
-                name = f"random {draw} {label}"
-                scheme = get(f"scheme {name}", lambda f=found, d=draw: f("random", d))
-                mask = pj.Scheme.parse(scheme["scheme"])
-                get(f"{name}, {self.key}", lambda m=mask: self.reached(m, seeds))
+    def found(
+        self, criterion: str, budget: pj.Budget, seeds: Sequence[int], draw: int | None = None
+    ) -> dict[str, Any]:
+        """What is found under a budget, or drawn at random to fill it, and what it reaches."""
+        search, start = self._search(criterion), time.monotonic()
+        if draw is None:
+            made = search.find(budget)
+        else:
+            drawing = {"evaluations": 1}
+            made = search.find(budget, solver="random", seed=draw, solver_options=drawing)
+        seconds = time.monotonic() - start
+        notes = made.scheme.notes
+        return {
+            "units": notes["units"], "objective": made.objective, "gap": made.gap,
+            "predicted": made.scheme.predicted["memory"], "compiled": notes["steps_compiled"],
+            "search_seconds": round(seconds, 1), "scheme": str(made.scheme),
+            **self.reached(made.mask, seeds, made.step),
+        }  # fmt: skip
 
 
 def _without_classifier(unit: Unit) -> Unit:
@@ -260,65 +276,99 @@ def _without_classifier(unit: Unit) -> Unit:
     return Unit(unit.name, unit.group, unit.kind, entries, unit.depth)
 
 
-def _classifier(params: Any) -> Unit:
+def _classifier() -> Unit:
     entries = tuple((f"classifier/{name}", True) for name in ("kernel", "bias"))
     return Unit("classifier", "classifier", "weight", entries, 0)
 
 
-def _described(found: Found) -> dict[str, Any]:
-    notes = found.scheme.notes
-    return {
-        "scheme": str(found.scheme),
-        "objective": found.objective,
-        "memory": notes["compiled"]["memory"],
-        "predicted": found.scheme.predicted["memory"],
-        "limit": notes["limits"]["memory"],
-        "compiled": notes["steps_compiled"],
-        "units": notes["units"],
-    }
+class Best(NamedTuple):
+    """What all seeds reached at the learning rate of the lowest loss."""
+
+    accuracy: np.ndarray
+    loss: np.ndarray
+    rate: float
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Best":
+        """The best of a row."""
+        accuracy, loss = np.array(row["accuracy"]), np.array(row["loss"])
+        k = int(np.nanargmin(loss.mean(axis=1)))
+        return cls(accuracy[k], loss[k], RATES[k])
+
+
+def _first_seeds(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy and loss of each row with its first seed."""
+    found = [Best.of(row) for row in rows]
+    return np.array([one.accuracy[0] for one in found]), np.array([one.loss[0] for one in found])
 
 
 def table(config: Config) -> str:
     """Everything that has been found so far, as Markdown."""
-    lines = []
-    for name in config.tasks:
+    lines = [
+        "Everything was trained at the learning rates "
+        f"{', '.join(f'{rate:g}' for rate in RATES)} of Adam, and counts at its best. Memory is "
+        "XLA's total of the compiled step. Mean ± standard deviation: over seeds; for random masks "
+        "over masks.", "",
+    ]  # fmt: skip
+    for name in SETTINGS:
         path = config.out / f"{name}.json"
-        if not path.exists():
-            continue
-        rows, setting = json.loads(path.read_text()), SETTINGS[name]
-        lines += [
-            f"## {name}", "",
-            f"Batches of {setting.batch}, size {setting.size}, Adam {setting.learning_rate}. "
-            "Memory is XLA's total of the compiled step. Mean ± standard deviation over seeds.", "",
-            "| what is trained | memory, MB | predicted, MB | held-out accuracy | held-out loss |",
-            "|---|---:|---:|---:|---:|",
-        ]  # fmt: skip
-        for key, row in rows.items():
-            if key.startswith(("scheme", "mask")):
-                continue
-            scheme = rows.get("scheme " + key.removeprefix("found ").rsplit(", ", 1)[0])
-            sizes = [row.get("memory"), scheme and scheme["predicted"]]
-            cells = ["-" if size is None else f"{size / 1e6:.1f}" for size in sizes]
-            for measure in ("accuracy", "loss"):
-                values = np.atleast_1d(row[measure])
-                spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
-                cells.append(f"{values.mean():.3f}{spread}")
-            lines.append(f"| {' | '.join([key, *cells])} |")
-        masks = [row for key, row in rows.items() if key.startswith("mask ")]
-        if len(masks) >= 5:
-            lines += ["", *_correlations(config.out / name, masks)]
-        lines.append("")
+        if path.exists():
+            lines += _section(name, json.loads(path.read_text()), config)
     return "\n".join(lines)
+
+
+def _section(name: str, rows: dict[str, Any], config: Config) -> list[str]:
+    setting = SETTINGS[name]
+    lines = [
+        f"## {name}", "",
+        f"Batches of {setting.batch}, size {setting.size}; {setting.warm} steps of the classifier "
+        f"alone, then {setting.steps} steps.", "",
+        "| what is trained | memory, MB | predicted, MB | held-out accuracy | held-out loss |"
+        " learning rate |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    drawn = [row for key, row in rows.items() if key.startswith("random ")]
+    single = {key: row for key, row in rows.items() if not key.startswith(("mask ", "random "))}
+    for key, row in single.items():
+        accuracy, loss, rate = Best.of(row)
+        lines.append(_line(key, [row], accuracy, loss, "" if key == "start" else f"{rate:g}"))
+    if drawn:
+        accuracy, loss = _first_seeds(drawn)
+        lines += [_line(f"{len(drawn)} random masks", drawn, accuracy, loss, ""), ""]
+        for key, row in single.items():
+            own = Best.of(row)
+            lines.append(
+                f"- {key}: more accurate than {np.mean(accuracy < own.accuracy.mean()):.0%} of the "
+                f"random masks, lower loss than {np.mean(loss > own.loss.mean()):.0%}."
+            )
+    anysize = [row for key, row in rows.items() if key.startswith("mask ")]
+    for kind, masks in (("of any size", anysize), ("of one memory", drawn)):
+        if len(masks) >= 5:
+            lines += ["", f"{len(masks)} random masks {kind}, summed sensitivity and what was "
+                      "reached:", "", *_correlations(config.out / name, masks)]  # fmt: skip
+    return [*lines, ""]
+
+
+def _line(
+    key: str, rows: list[dict[str, Any]], accuracy: np.ndarray, loss: np.ndarray, rate: str
+) -> str:
+    cells = []
+    for size in ("memory", "predicted"):
+        found = [row[size] / 1e6 for row in rows if size in row]
+        cells.append(f"{np.mean(found):.1f}" if found else "-")
+    for values in (accuracy, loss):
+        spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
+        cells.append(f"{values.mean():.3f}{spread}")
+    return f"| {' | '.join([key, *cells, rate])} |"
 
 
 def _correlations(folder: Path, masks: list[dict[str, Any]]) -> list[str]:
     """How summed sensitivity goes with what random masks reached, for each criterion there is."""
-    accuracy, loss = (np.array([row[k][0] for row in masks]) for k in ("accuracy", "loss"))
+    accuracy, loss = _first_seeds(masks)
     lines = [
-        f"Over {len(masks)} random masks, summed sensitivity and what was reached:", "",
         "| criterion | Pearson, accuracy | Spearman, accuracy | Spearman, −loss |",
         "|---|---:|---:|---:|",
-    ]  # fmt: skip
+    ]
     sums = {"number of units": np.array([len(row["units"]) for row in masks], float)}
     for path in sorted(folder.glob("*.json")):
         sens = Sensitivity.load(path)
@@ -336,6 +386,8 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     for name in config.tasks:
         experiment = Experiment(name, config)
+        for criterion in config.criteria:
+            experiment.sensitivity(criterion)
         for part in config.parts:
             getattr(experiment, part)()
     text = table(config)

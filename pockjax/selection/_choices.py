@@ -1,6 +1,7 @@
 """What choices of units take: predicted, compiled, and predicted better for what was compiled."""
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -50,18 +51,9 @@ class Choices:
         self.params, self._fun, self._tx, self._options = params, fun, tx, options
         self._batch = _batch_of(data)
         self._beside = _entries(params, beside)
-        pairs = [
-            (unit, float(worth))
-            for unit, worth in zip(_without(sens.units, self._beside), sens.mean, strict=True)
-            if unit.entries
-        ]
-        if not pairs:
+        self.units, self.values = self._valued(sens)
+        if not self.units:
             raise ValueError("there are no units to choose from")
-        self.units = tuple(unit for unit, _ in pairs)
-        self.values = np.array([worth for _, worth in pairs])
-        for unit, worth in pairs:
-            if not np.isfinite(worth):
-                raise ValueError(f"what '{unit.name}' is worth is {worth}, which no search can use")
         members: dict[str, list[int]] = {}
         # One mask trains one block of an array: layers of a stack that are offered with different
         # channels exclude each other.
@@ -74,6 +66,27 @@ class Choices:
         self._costs = CostModel(fun, tx, params, *self._batch, **options)
         self._predictions: dict[tuple[Chosen, Plan], Prediction] = {}
         self._compiled: dict[tuple[Chosen, Plan], tuple[Step, dict[str, float]]] = {}
+
+    def _valued(self, sens: Sensitivity) -> tuple[tuple[Unit, ...], np.ndarray]:
+        units = _without(sens.units, self._beside)
+        pairs = [(u, float(x)) for u, x in zip(units, sens.mean, strict=True) if u.entries]
+        for unit, worth in pairs:
+            if not np.isfinite(worth):
+                raise ValueError(f"what '{unit.name}' is worth is {worth}, which no search can use")
+        return tuple(unit for unit, _ in pairs), np.array([worth for _, worth in pairs])
+
+    def worth(self, sens: Sensitivity) -> "Choices":
+        """The same choices by other sensitivities, with all that is known of their costs."""
+        units, values = self._valued(sens)
+        # Indices of channels may differ, for each criterion has channels of its own.
+        if units != self.units:
+            raise ValueError(
+                "sensitivities of other units than those of the search (the criterion may have "
+                "chosen other channels): begin another search"
+            )
+        other = copy(self)
+        other.values = values
+        return other
 
     def mask(self, chosen: Sequence[int]) -> PyTree:
         """The mask of a choice and of what is trained in any case."""
@@ -92,6 +105,11 @@ class Choices:
         if key not in self._predictions:
             self._predictions[key] = self._costs.predict(self.mask(chosen), plan)
         return self._predictions[key]
+
+    def predict_each(self, progress: Callable[[int], Any]) -> list[Prediction]:
+        """What each unit takes alone, apart from how the peak of memory grows."""
+        masks = [self.mask((u,)) for u in range(len(self.units))]
+        return self._costs.predict_each(masks, [0] * len(masks), progress)
 
     def predicted(
         self, chosen: Sequence[int], plan: Plan, names: Iterable[str]

@@ -1,6 +1,7 @@
 """Search: the units that are worth most under a budget that the compiled step keeps."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,21 @@ class Search:
         self._surrogates: dict[tuple[str, ...], list[Surrogate]] = {}
         self._levels = levels_of(self._choices.units)
 
+    def by(self, sens: Sensitivity) -> "Search":
+        """The same search by other sensitivities of the same units.
+
+        What has been predicted and compiled serves both.
+
+        Args:
+            sens: what each unit is worth.
+
+        Raises:
+            ValueError: they are of other units.
+        """
+        other = copy(self)
+        other._choices, other._criterion = self._choices.worth(sens), sens.criterion
+        return other
+
     def find(
         self,
         budget: Budget,
@@ -242,7 +258,7 @@ class Search:
                 plan = self._choices.best_plan()
                 plans += [plan] if plan else []
             self._surrogates[names] = fit(
-                self._choices.units, self._choices.predict, names, plans,
+                self._levels, self._choices.predict_each, self._choices.predict, names, plans,
                 lambda done, total: self._progress("predicting costs", done, total),
             )  # fmt: skip
         return self._surrogates[names]

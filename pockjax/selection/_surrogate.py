@@ -83,7 +83,8 @@ def levels_of(units: Sequence[Unit]) -> np.ndarray:
 
 
 def fit(
-    units: Sequence[Unit],
+    levels: np.ndarray,
+    predict_each: Callable[[Callable[[int], Any]], list[Prediction]],
     predict: Predict,
     names: Sequence[str],
     plans: Sequence[Plan],
@@ -97,19 +98,16 @@ def fit(
     unit of each level has to be predicted anew.
 
     Args:
-        units: the units.
-        predict: cost of some of them, by position, under a plan.
+        levels: (units,): how far the backward pass has to reach for each unit.
+        predict_each: cost of each unit alone; is given what to tell the number of units done.
+        predict: cost of some units, by position, under a plan.
         names: the quantities.
         plans: the plans; the first must be empty.
         progress: called with how many predictions are done, and of how many.
     """
-    levels = levels_of(units)
-    n_levels = int(levels.max()) + 1
-    total = len(units) + (len(plans) - 1) * n_levels
-    alone: list[Prediction] = []
-    for u in range(len(units)):
-        alone.append(predict([u], ()))
-        progress(len(alone), total)
+    n_units, n_levels = len(levels), int(levels.max()) + 1
+    total = n_units + (len(plans) - 1) * n_levels
+    alone = predict_each(lambda done: progress(done, total))
     # What every mask has, however little it trains: a counter of steps, or what is trained beside.
     nothing = predict([], ())
 
@@ -140,7 +138,7 @@ def fit(
         again = []
         for level, u in enumerate(cheapest):
             again.append(predict([u], plan))
-            progress(len(units) + number * n_levels + level + 1, total)
+            progress(n_units + number * n_levels + level + 1, total)
         features = {}
         for name in names:
             reach = np.maximum.accumulate([feature(name, p) - own_bytes(name, p) for p in again])

@@ -201,27 +201,44 @@ class CostModel:
         slope, offset = found[0], found[1] * compiled.min()
         return np.array([slope, offset]) if slope > 0 else np.array([ratio, 0.0])
 
+    def predict_each(
+        self,
+        masks: Sequence[PyTree],
+        depths: Sequence[int],
+        progress: Callable[[int], Any] = lambda done: None,
+    ) -> list[Prediction]:
+        """What training each of many small masks is expected to cost.
+
+        At each depth the mask with the smallest gradient is predicted; what the others there cost
+        beyond it is counted from their gradients alone, which takes a fraction of the time.
+
+        Args:
+            masks: each trains one unit.
+            depths: of each, how far down the backward pass has to go; the input is 0.
+            progress: called with the number of masks that are done.
+        """
+        members: dict[int, list[int]] = {}
+        for i, depth in enumerate(depths):
+            members.setdefault(depth, []).append(i)
+        found: dict[int, Prediction] = {}
+        for same in members.values():
+            updates = {i: self._update_of(masks[i]) for i in same}
+            first = min(same, key=lambda i: _gradient_bytes(updates[i].joint))
+            found[first] = self.predict(masks[first])
+            for i in same:
+                if i != first:
+                    found[i] = self._beside(found[first], updates[first], updates[i])
+                progress(len(found))
+        return [found[i] for i in range(len(masks))]
+
     def separable(self, masks: Sequence[PyTree], depths: Sequence[int]) -> Separable:
         """The cost of units as sums, for a linear solver.
-
-        At each depth the unit with the smallest gradient is predicted; what the others there cost
-        beyond it is counted from their gradients alone, which takes a fraction of the time.
 
         Args:
             masks: each trains one unit and nothing else.
             depths: of each, how far down the backward pass has to go; the input is 0.
         """
-        updates = [self._update_of(mask) for mask in masks]
-        sizes = [_gradient_bytes(update.joint) for update in updates]
-        found: dict[int, Prediction] = {}
-        for depth in set(depths):
-            first, *others = sorted(
-                (i for i, d in enumerate(depths) if d == depth), key=sizes.__getitem__
-            )
-            found[first] = self.predict(masks[first])
-            for i in others:
-                found[i] = self._beside(found[first], updates[first], updates[i])
-        alone = [found[i] for i in range(len(masks))]
+        alone = self.predict_each(masks, depths)
         jaxpr = inlined(self._update.primal.jaxpr)
         state = tree_bytes(self._update.params) + tree_bytes(self._update.batch)
         base = {

@@ -273,3 +273,16 @@ def test_what_depends_on_the_mask_is_not_searched_with_plans():
     loss, params, batch, sens = _mlp()
     with pytest.raises(ValueError, match="remat and frozen_dtype"):
         Search(loss, params, batch, sens, remat=True, frozen_dtype="bfloat16")
+
+
+def test_other_sensitivities_of_the_same_units_share_the_costs():
+    loss, params, batch, sens = _mlp()
+    search = _search("mlp")
+    other = _sensitivity(sens.units, seed=1)
+    budget = pj.Budget(memory="60%", optimizer="50%")
+    alone = Search(loss, params, batch, other, tx=_TX, rounds=4, **_OPTIONS)
+    first = str(search.find(budget).scheme)
+    assert str(search.by(other).find(budget).scheme) == str(alone.find(budget).scheme) != first
+    assert str(search.find(budget).scheme) == first
+    with pytest.raises(ValueError, match="other units"):
+        search.by(_sensitivity(sens.units[1:]))

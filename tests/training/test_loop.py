@@ -73,6 +73,15 @@ def test_batches_of_a_list_are_gone_over_again_and_resumed(tmp_path: Path) -> No
     chex.assert_trees_all_equal(resumed.state, whole.state)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a process of the foreground; shells let those of the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_step_and_writes_the_checkpoint(tmp_path: Path) -> None:
     step, state = step_and_state()
     whole = run(step, state)
