@@ -132,7 +132,7 @@ class Experiment:
         self.results = Results(config.out / f"{name}.json")
         # One compiled step serves all rates.
         self.tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
-        self.batches = self.task.batches(size=self.setting.batch, count=32, seed=0)
+        self.batches = self.task.batches(size=self.setting.batch, count=16, seed=0)
         self._searches: list[Search] = []
         warm = self._step(BESIDE)
         self.params = self._trained(warm, 1e-3, 99, self.setting.warm, self.task.params)
@@ -199,8 +199,8 @@ class Experiment:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             sens = pj.sensitivity(
-                self.task.loss, self.params, self.batches[:16], criterion, tx=self.tx, steps=16,
-                held_out=self.batches[16:], beside=BESIDE, folder=path.parent / "pieces",
+                self.task.loss, self.params, self.batches[:8], criterion, tx=self.tx, steps=8,
+                held_out=self.batches[8:], beside=BESIDE, seeds=[0], folder=path.parent / "pieces",
             )  # fmt: skip
             sens.save(path)
         return Sensitivity.load(path)

@@ -10,8 +10,10 @@ from safetensors.numpy import load_file
 from experiments.speed.peers import PEERS, REFERENCE
 from experiments.speed.worker import CHECK_RATE
 
-LOSS, GRADIENT = 1e-4, 1e-3
-"""The largest relative differences that pass; float32 in another order gives about 1e-5."""
+LOSS, GRADIENT = 1e-4, 5e-3
+"""The largest relative differences that pass. float32 in another order gives about 1e-5, and more
+where units of a deep network stand at the edge of their ReLU: the gradient of ResNet-50's first
+layer that JAX finds in float32 is 1.7e-3 away from the one that it finds in float64."""
 SMALL = 1e-5
 """Of the norm of the largest gradient: below that a gradient is what rounding left of zero, as that
 of a key's bias is."""
