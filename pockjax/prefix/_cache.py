@@ -12,6 +12,7 @@ import numpy as np
 
 from pockjax._files import replacing
 from pockjax.prefix._split import Features, Plan
+from pockjax.rewrites import rewrite
 
 PyTree = Any
 Rows = tuple[np.ndarray, ...]
@@ -65,7 +66,7 @@ class FeatureCache:
             dtype: a smaller dtype to keep floating point features in, such as ``"bfloat16"``.
         """
         self._prefix, self._params = prefix, params
-        self._run = jax.jit(prefix)
+        self._run = jax.jit(rewrite(prefix))
         self._memory, self._disk = memory, disk
         self._folder = None if folder is None else Path(folder)
         self._dtype = None if dtype is None else jnp.dtype(dtype)

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pockjax._progress import Progress
+from pockjax.autodiff import is_array
+from pockjax.prefix import FeatureCache
 from pockjax.training._checkpoint import load, save
 from pockjax.training._state import Metrics, State
 from pockjax.training._step import Step
@@ -38,7 +41,7 @@ def fit(
     *,
     steps: int,
     arguments: Callable[[Any], tuple[Any, ...]] = tuple,
-    cache: Callable[..., Any] | None = None,
+    cache: Callable[..., Any] | str | Path | None = None,
     on_step: Callable[[int, Metrics], None] | None = None,
     checkpoint: str | Path | None = None,
     every: int = 100,
@@ -58,8 +61,10 @@ def fit(
             left out, unless there are ``state_dict`` and ``load_state_dict``, as a loader has.
         steps: number of steps in all, those before an interruption included.
         arguments: from a batch to the step's arguments; by default a batch is a tuple of them.
-        cache: a `pockjax.FeatureCache`: the step is then one of the suffix, and gets the features
-            of each batch. They are found by the content of the examples, whatever their order.
+        cache: for a step that was compiled without its frozen front (``prefix=True``), a folder to
+            keep features of examples in; otherwise they are kept in memory, up to 1 GiB. Or
+            a `pockjax.FeatureCache` for a step of a suffix. Features are found by the content of
+            the examples, whatever their order.
         on_step: called after each step with the number of steps done and the metrics.
         checkpoint: folder for the state, the losses and the position in the data; a file in it is
             replaced every so many steps, at the end, and at Ctrl-C.
@@ -67,8 +72,9 @@ def fit(
         progress: whether to show on the standard error how far it is, and the time left.
 
     Raises:
-        ValueError: there are no batches, an iterator ends too early, or the checkpoint is of
-            another step or of other data.
+        ValueError: there are no batches, an iterator ends too early, the checkpoint is of
+            another step or of other data, or a folder for features is given for a step with its
+            front.
         KeyboardInterrupt: after Ctrl-C, when the step is finished and the checkpoint written.
 
     >>> import jax.numpy as jnp, optax
@@ -96,11 +102,13 @@ def fit(
         if file is not None:
             save(file, state, _position(batches), np.asarray(losses, np.float64), identity)
 
+    features = _features(step, state, cache)
     shown = Progress("training", steps, done=done, shown=progress)
     with shown, _finishing() as interrupted:
         while done < steps:
             given = arguments(next(source))
-            state, metrics = step(state, *given) if cache is None else step(state, cache(*given))
+            given = given if features is None else (features(*given),)
+            state, metrics = step(state, *given)
             losses.append(float(metrics.loss))
             done += 1
             shown.advance(f"loss {losses[-1]:.4g}")
@@ -111,6 +119,22 @@ def fit(
             if interrupted():
                 raise KeyboardInterrupt
     return Fit(state, np.asarray(losses, np.float64))
+
+
+def _features(step: Step, state: State, cache: Any) -> Callable[..., Any] | None:
+    """What makes features of a batch; None if the step takes batches."""
+    if callable(cache):
+        return cache
+    if step.prefix is not None:
+        # The state's own arrays are gone after the first step.
+        params = jax.tree.map(lambda x: jnp.copy(x) if is_array(x) else x, state.params)
+        return FeatureCache(step.prefix, params, folder=cache)
+    if cache is not None:
+        raise ValueError(
+            f"features are to be kept in {cache}, but the step computes its frozen front itself: "
+            "compile it with prefix=True"
+        )
+    return None
 
 
 def _stream(batches: Any, done: int, position: Mapping[str, Any] | None) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from pockjax._allocator import advise
 from pockjax.autodiff import IndexedMask, Plan, is_array
 from pockjax.costs import CompiledCost, Prediction
 from pockjax.masks import MaskError, Scheme, pack, resolve
+from pockjax.prefix import Features, split
 from pockjax.rewrites import BACKENDS, Choice, Rewriter
 from pockjax.training._measure import Measurement, measured
 from pockjax.training._program import (
@@ -49,6 +50,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     updates: Updates = "early",
     frozen_dtype: Any = None,
     remat: Plan | bool = False,
+    prefix: bool = False,
 ) -> "Step":
     """Compiles a training step that computes, stores and updates only what a mask names.
 
@@ -92,6 +94,9 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
             by `jax.checkpoint`): True finds the blocks that leave the fewest bytes to keep; spans
             ``((start, stop), ...)`` of the equations of ``fun``, jits inlined, name them. See
             `Step.remat`.
+        prefix: whether to leave out the frozen front of ``fun``, whose output for an example never
+            changes (see `pockjax.split`). The step then takes features instead of a batch, which
+            ``step.prefix(params, *batch)`` computes, and which `pockjax.fit` keeps by itself.
 
     Returns:
         The step. ``fun`` was traced once, and is never called again.
@@ -100,8 +105,10 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         MaskError: if the mask does not fit ``params``.
         TypeError: if ``fun`` does not return one real scalar, if ``tx`` asks for what a step does
             not have, or if ``tx`` or ``merge_aux`` change shapes or dtypes of what they return.
-        ValueError: if ``accumulate`` does not divide the batch, for ``merge_aux`` without aux, or
-            if ``remat`` does not fit ``fun`` or is asked for when XLA chooses the residuals.
+        ValueError: if ``accumulate`` does not divide the batch, for ``merge_aux`` without aux, if
+            ``remat`` does not fit ``fun`` or is asked for when XLA chooses the residuals, or for
+            ``prefix`` with ``accumulate`` or a key, or where nothing is frozen before the first
+            trained layer.
 
     >>> import pockjax as pj
     >>> params = {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}
@@ -116,6 +123,9 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     options = Options(
         has_aux, accumulate, key, merge_aux, residuals, rewrites, updates, frozen_dtype
     )
+    front = None
+    if prefix:
+        front, fun, batch = _behind_the_front(fun, mask, params, batch, options)
     update = options.update(fun, mask, tx, params, batch, remat)
     rewriter = Rewriter(measure=rewrites == "measured")
     if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
@@ -133,7 +143,25 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     choices = () if rewriter is None else tuple(rewriter.choices)
     choices = choices[: len(choices) // len(programs)]
     program = replace(programs[best], library=library)
-    return Step(executable, update, costs, best, choices, program)
+    step = Step(executable, update, costs, best, choices, program)
+    step.prefix = front
+    return step
+
+
+def _behind_the_front(
+    fun: Callable[..., Any], mask: PyTree, params: PyTree, batch: tuple[Any, ...], options: Options
+) -> tuple[Callable[..., Features], Callable[..., Any], tuple[Features]]:
+    """The frozen front of a loss, the rest, and the shapes of what passes from one to the other."""
+    if options.accumulate > 1 or options.key is not None:
+        raise ValueError(
+            "a step without its frozen front has neither microbatches nor a key; leave out "
+            "accumulate and key, or use pockjax.split by hand"
+        )
+    front, rest = split(fun, mask)
+    features = jax.eval_shape(front, params, *batch)
+    if not features.computed:
+        raise ValueError("nothing is frozen before the first trained layer; leave out prefix")
+    return front, rest, (features,)
 
 
 class Step:
@@ -143,6 +171,8 @@ class Step:
 
     Attributes:
         predicted: what a cost model expected of it, see `CostModel.compile`.
+        prefix: the frozen front, ``prefix(params, *batch) -> features``, if the step was compiled
+            without it.
     """
 
     def __init__(
@@ -159,6 +189,7 @@ class Step:
         self._many: dict[int, Any] = {}
         self._measured: Measurement | None = None
         self.predicted: Prediction | None = None
+        self.prefix: Callable[..., Features] | None = None
         self._compiled, self._update = compiled, update
         self._costs, self._chosen, self._rewrites = costs, chosen, rewrites
 

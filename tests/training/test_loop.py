@@ -134,6 +134,32 @@ def test_the_cached_front_trains_as_the_whole(tmp_path: Path) -> None:
     assert again.hits >= again.misses
 
 
+def test_a_step_can_be_compiled_without_its_front(tmp_path: Path) -> None:
+    params, x = mlp_params(), jnp.ones((SIZE, WIDTH))
+    step = pj.compile(mlp_loss, MASK, optax.adam(1e-2), params, x, x, prefix=True)
+    whole = run(*step_and_state())
+    kept = run(step, step.init(params), cache=tmp_path)
+    np.testing.assert_allclose(kept.losses, whole.losses, rtol=1e-5)
+    assert any(path.is_file() for path in tmp_path.rglob("*"))
+    in_memory = run(step, step.init(params))
+    np.testing.assert_array_equal(in_memory.losses, kept.losses)
+    assert step.prefix is not None
+    _, metrics = step(step.init(params), step.prefix(params, x, x))
+    np.testing.assert_allclose(metrics.loss, mlp_loss(params, x, x), rtol=1e-5)
+
+
+def test_what_has_no_front_to_leave_out_is_refused(tmp_path: Path) -> None:
+    step, state = step_and_state()
+    assert step.prefix is None
+    with pytest.raises(ValueError, match="prefix=True"):
+        run(step, state, cache=tmp_path)
+    params, x = mlp_params(), jnp.ones((SIZE, WIDTH))
+    with pytest.raises(ValueError, match="nothing is frozen"):
+        pj.compile(mlp_loss, True, optax.sgd(0.1), params, x, x, prefix=True)
+    with pytest.raises(ValueError, match="microbatches"):
+        pj.compile(mlp_loss, MASK, optax.sgd(0.1), params, x, x, prefix=True, accumulate=2)
+
+
 def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     step, state = step_and_state()
     run(step, state, 2, checkpoint=tmp_path)
