@@ -106,15 +106,17 @@ class Program:
         arguments: arrays that are there from the beginning.
     """
 
-    def __init__(self, jaxpr: Jaxpr, results_held: bool = True):
+    def __init__(self, jaxpr: Jaxpr, results_held: bool = True, depth: bool = False):
         """Follows a jaxpr through its nested calls.
 
         Args:
             jaxpr: of the whole program.
             results_held: whether results have memory of their own, as those written over donated
                 arguments have.
+            depth: whether operations of loops' bodies are run depth first, see `peak_bytes`.
         """
         self.ops: list[Op] = []
+        self._depth = depth
         self._known: dict[Op, tuple[Value, ...]] = {}
         self._spreads: dict[tuple[Any, ...], Value] = {}
         self.arguments = [self._argument(v) for v in jaxpr.invars]
@@ -198,7 +200,7 @@ class Program:
         if kind == "whole" and (bodies := subjaxprs(eqn)):
             from pockjax.costs._liveness import peak_bytes
 
-            inner = max(peak_bytes(body, results_held=name != "scan") for body in bodies)
+            inner = max(peak_bytes(body, name != "scan", self._depth) for body in bodies)
         self._add(name, kind, known, outs, inner)
 
     def _loop(self, name: str, reads: list[Value], shape: tuple[int, ...], itemsize: int) -> Value:

@@ -1,12 +1,12 @@
-"""The memory of a program's arrays: in which order XLA computes them, and where it puts each."""
+"""The memory of a program's arrays: from when to when XLA needs each, and where it puts it."""
 
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
 from pockjax._compat import Jaxpr
 from pockjax.costs._buffers import Op, Program, Value
+from pockjax.costs._order import Node, breadth_first, depth_first
 
 _ALIGNMENT = 64
 _IN_PLACE = ("dynamic_update_slice", "scan", "scatter-add", "scatter")
@@ -27,21 +27,21 @@ class Interval:
     end: int
 
 
-def peak_bytes(jaxpr: Jaxpr, results_held: bool = True) -> int:
+def peak_bytes(jaxpr: Jaxpr, results_held: bool = True, depth: bool = False) -> int:
     """Bytes of the arrays between arguments and results.
 
     Args:
         jaxpr: of the whole program.
         results_held: whether the results have memory of their own.
+        depth: whether operations are run depth first instead of breadth first.
     """
-    program = Program(jaxpr, results_held)
-    found = intervals(program)
-    return packed_bytes(found)
+    program = Program(jaxpr, results_held, depth)
+    order = depth_first(program) if depth else breadth_first(program)
+    return packed_bytes(intervals(program, order))
 
 
-def intervals(program: Program) -> list[Interval]:
+def intervals(program: Program, order: list[Node]) -> list[Interval]:
     """When the memory of each array is in use."""
-    order = breadth_first(program)
     home: dict[Value, Interval] = {}
     found: list[Interval] = []
     last: dict[Value, int] = {}
@@ -110,50 +110,3 @@ def _packed(order: list[Interval]) -> int:
             fits = np.flatnonzero(gaps >= size[i])
             offset[i] = below[fits[np.argmin(gaps[fits])]] if len(fits) else tops[-1]
     return int((offset + size).max())
-
-
-def breadth_first(program: Program) -> list[tuple[Op, list[Value]]]:
-    """Operations that write something, first come first served, as XLA's CPU backend runs them."""
-    nodes = [
-        (op, written)
-        for op in program.ops
-        if (written := [v for v in op.makes if v.written]) or op.kind in ("barrier", "result")
-    ]
-    waiting: list[int] = []
-    readers: dict[object, list[int]] = {}
-    barrier: int | None = None
-    made: set[Value] = set()
-    for i, (op, written) in enumerate(nodes):
-        needs: list[object] = list(program.sources(op))
-        if op.kind == "passed":
-            needs.append(barrier)
-        waiting.append(len(needs))
-        for need in needs:
-            readers.setdefault(need, []).append(i)
-        made.update(written)
-        if op.kind == "barrier":
-            barrier = i
-    for need, users in readers.items():
-        if isinstance(need, Value):
-            loops = [i for i in users if nodes[i][0].kind == "loop"]
-            others = [i for i in users if nodes[i][0].kind != "loop"]
-            readers[need] = [*others, *reversed(loops)]  # in the order of XLA's lists of users
-    ready = deque(i for i, n in enumerate(waiting) if n == 0)
-
-    def arrived(what: object) -> None:
-        for reader in readers.get(what, ()):
-            waiting[reader] -= 1
-            if waiting[reader] == 0:
-                ready.append(reader)
-
-    for value in [v for v in readers if isinstance(v, Value) and v not in made]:
-        arrived(value)
-    order: list[tuple[Op, list[Value]]] = []
-    while ready:
-        i = ready.popleft()
-        order.append(nodes[i])
-        arrived(i)
-        for value in nodes[i][1]:
-            arrived(value)
-    assert len(order) == len(nodes)
-    return order

@@ -24,7 +24,7 @@ from pockjax.costs import (
 )
 from pockjax.masks import resolve
 from pockjax.rewrites import BACKENDS, Rewriter
-from pockjax.training._program import Options
+from pockjax.training._program import DEPTH_FIRST, XLA, Options, variants
 from pockjax.training._step import Step
 from pockjax.training._step import compile as compile_step
 from pockjax.training._trees import made_up
@@ -275,9 +275,14 @@ class CostModel:
 
     def _best(self, update: Update) -> tuple[Jaxpr, int]:
         """The variant that `compile` would choose, and the bytes of its intermediate arrays."""
-        kinds = {"auto": (True, False), "kept": (True,), "xla": (False,)}[self._options.residuals]
-        found = [self._jaxpr(update, kept) for kept in kinds]
-        return min(((j, predict_temp_bytes(j)) for j in found), key=lambda pair: pair[1])
+        found = [
+            (
+                jaxpr := self._jaxpr(update, name != XLA),
+                predict_temp_bytes(jaxpr, name == DEPTH_FIRST),
+            )
+            for name in variants(self._options.residuals)
+        ]
+        return min(found, key=lambda pair: pair[1])
 
     def _jaxpr(self, update: Update, kept: bool = True) -> Jaxpr:
         """The whole step, as it would be handed to XLA."""

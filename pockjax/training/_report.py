@@ -20,6 +20,7 @@ from pockjax.costs import (
 from pockjax.masks import describe, pack
 from pockjax.rewrites import DEFAULT_LIBRARY, Choice, Rewriter
 from pockjax.training._measure import Measurement
+from pockjax.training._program import DEPTH_FIRST, XLA
 from pockjax.training._update import Update
 
 
@@ -260,7 +261,7 @@ def make_report(
 ) -> Report:
     """Counts, predicts and compares; traces nothing of the user's function again."""
     mask = update.mask.tree(update.mask.indices)
-    traced = jax.make_jaxpr(update.step(chosen != "xla", early))(
+    traced = jax.make_jaxpr(update.step(chosen != XLA, early))(
         update.example_state, *update.arrays_of(update.batch)
     )
     rewritten = traced if rewriter is None else rewriter.rewritten(traced)
@@ -269,7 +270,7 @@ def make_report(
         full=_estimate(update, differentiate(update.primal, True), True),
         compiled=costs[chosen],
         flops=count_flops(traced),
-        temp_bytes=predict_temp_bytes(inlined(rewritten)),
+        temp_bytes=predict_temp_bytes(inlined(rewritten), chosen == DEPTH_FIRST),
         residuals=chosen,
         variants={name: cost.total_bytes for name, cost in costs.items()},
         rows=_rows(update, mask),
