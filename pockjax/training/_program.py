@@ -13,6 +13,7 @@ import optax
 from pockjax.autodiff import IndexedMask, Plan, is_array
 from pockjax.costs import count_flops
 from pockjax.masks import resolve
+from pockjax.prefix import Features, split
 from pockjax.rewrites import DEFAULT_LIBRARY, LIBRARIES, Rewriter, fastest
 from pockjax.training._state import Metrics, State
 from pockjax.training._trees import check_batch, made_up, shapes_of
@@ -84,6 +85,27 @@ class Options:
             fun, IndexedMask.of(mask), tx, shapes_of(params), batch, self.has_aux, self.accumulate,
             self.key, self.merge_aux, dtype, remat,
         )  # fmt: skip
+
+
+def behind_the_front(
+    fun: Callable[..., Any], mask: PyTree, params: PyTree, batch: tuple[Any, ...], options: Options
+) -> tuple[Callable[..., Features], Callable[..., Any], tuple[Features]]:
+    """The frozen front of a loss, the rest, and the shapes of what passes from one to the other.
+
+    Raises:
+        ValueError: for options that a step without its front has not, or if nothing is frozen
+            before the first trained layer.
+    """
+    if options.accumulate > 1 or options.key is not None:
+        raise ValueError(
+            "a step without its frozen front has neither microbatches nor a key; leave out "
+            "accumulate and key, or use pockjax.split by hand"
+        )
+    front, rest = split(fun, mask)
+    features = jax.eval_shape(front, params, *batch)
+    if not features.computed:
+        raise ValueError("nothing is frozen before the first trained layer; leave out prefix")
+    return front, rest, (features,)
 
 
 def variants(residuals: Residuals) -> tuple[str, ...]:

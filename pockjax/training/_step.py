@@ -14,7 +14,7 @@ from pockjax._allocator import advise
 from pockjax.autodiff import IndexedMask, Plan, is_array
 from pockjax.costs import CompiledCost, Prediction
 from pockjax.masks import MaskError, Scheme, pack, resolve
-from pockjax.prefix import Features, split
+from pockjax.prefix import Features
 from pockjax.rewrites import BACKENDS, Choice, Rewriter
 from pockjax.training._measure import Measurement, measured
 from pockjax.training._program import (
@@ -25,6 +25,7 @@ from pockjax.training._program import (
     Residuals,
     Rewrites,
     Updates,
+    behind_the_front,
     variants,
 )
 from pockjax.training._report import Report, make_report
@@ -125,7 +126,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     )
     front = None
     if prefix:
-        front, fun, batch = _behind_the_front(fun, mask, params, batch, options)
+        front, fun, batch = behind_the_front(fun, mask, params, batch, options)
     update = options.update(fun, mask, tx, params, batch, remat)
     rewriter = Rewriter(measure=rewrites == "measured")
     if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
@@ -146,22 +147,6 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     step = Step(executable, update, costs, best, choices, program)
     step.prefix = front
     return step
-
-
-def _behind_the_front(
-    fun: Callable[..., Any], mask: PyTree, params: PyTree, batch: tuple[Any, ...], options: Options
-) -> tuple[Callable[..., Features], Callable[..., Any], tuple[Features]]:
-    """The frozen front of a loss, the rest, and the shapes of what passes from one to the other."""
-    if options.accumulate > 1 or options.key is not None:
-        raise ValueError(
-            "a step without its frozen front has neither microbatches nor a key; leave out "
-            "accumulate and key, or use pockjax.split by hand"
-        )
-    front, rest = split(fun, mask)
-    features = jax.eval_shape(front, params, *batch)
-    if not features.computed:
-        raise ValueError("nothing is frozen before the first trained layer; leave out prefix")
-    return front, rest, (features,)
 
 
 class Step:
