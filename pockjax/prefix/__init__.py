@@ -2,4 +2,5 @@
 
 from pockjax.prefix._cache import FeatureCache as FeatureCache
 from pockjax.prefix._split import Features as Features
+from pockjax.prefix._split import Front as Front
 from pockjax.prefix._split import split as split

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pockjax._files import replacing
-from pockjax.prefix._split import Features, Plan
+from pockjax.prefix._split import Features, Front, Plan
 from pockjax.rewrites import rewrite
 
 PyTree = Any
@@ -47,7 +47,7 @@ class FeatureCache:
 
     def __init__(
         self,
-        prefix: Callable[..., Features],
+        prefix: Front,
         params: PyTree,
         *,
         memory: int | None = 2**30,
@@ -66,7 +66,7 @@ class FeatureCache:
             dtype: a smaller dtype to keep floating point features in, such as ``"bfloat16"``.
         """
         self._prefix, self._params = prefix, params
-        self._run = jax.jit(rewrite(prefix))
+        self._compiled: dict[Plan, Callable[..., Any]] = {}
         self._memory, self._disk = memory, disk
         self._folder = None if folder is None else Path(folder)
         self._dtype = None if dtype is None else jnp.dtype(dtype)
@@ -91,13 +91,13 @@ class FeatureCache:
                 has no axis of examples; or the front mixes the examples of a batch, as batch
                 normalisation in training mode does.
         """
-        shapes = jax.eval_shape(self._prefix, self._params, *args)
-        plan: Plan = shapes.plan
+        plan = self._prefix.plan(self._params, args)
+        shapes = plan.features
         arrays = plan.args.arrays_of(args)
         consumed = [np.asarray(arrays[i]) for i in plan.consumed]
-        if not shapes.computed:
+        if not shapes:
             raise ValueError("there is no frozen front whose output could be kept")
-        size = _batch_size([*consumed, *shapes.computed])
+        size = _batch_size([*consumed, *shapes])
         if not size:
             raise ValueError("a batch of no examples has no features")
         if plan not in self._checked and self._check_separate(args, plan):
@@ -106,21 +106,27 @@ class FeatureCache:
             self._fronts[plan] = self._fingerprint(self._for_one_example(args, plan))
         front = self._fronts[plan]
         keys = [self._key(front, [x[i] for x in consumed]) for i in range(size)]
-        rows = [self._look_up(front, key, shapes.computed) for key in keys]
+        rows = [self._look_up(front, key, shapes) for key in keys]
         self.misses += sum(row is None for row in rows)
         self.hits += sum(row is not None for row in rows)
         if any(row is None for row in rows):
-            features = self._run(self._params, *args)
-            fresh = [self._small(np.asarray(x)) for x in features.computed]
+            fresh = [self._small(np.asarray(x)) for x in self._run(plan, arrays)]
             for i, key in enumerate(keys):
                 if rows[i] is None:
                     rows[i] = row = tuple(x[i].copy() for x in fresh)
                     self._keep(front, key, row)
         computed = tuple(
             jnp.asarray(np.stack(column), shape.dtype)
-            for column, shape in zip(zip(*rows, strict=True), shapes.computed, strict=True)
+            for column, shape in zip(zip(*rows, strict=True), shapes, strict=True)
         )
         return Features(computed, tuple(arrays[i] for i in plan.passed), plan)
+
+    def _run(self, plan: Plan, arrays: list[Any]) -> list[Any]:
+        """The front's output."""
+        if plan not in self._compiled:
+            self._compiled[plan] = jax.jit(rewrite(plan.run))
+        weights = plan.primal.params.arrays_of(self._params)
+        return self._compiled[plan]([weights[i] for i in plan.frozen], arrays)
 
     def clear(self) -> None:
         """Forget what is in memory; files stay."""
@@ -151,7 +157,7 @@ class FeatureCache:
         ]
         try:
             small = plan.args.tree(ones, like=args)
-            return jax.eval_shape(self._prefix, self._params, *small).plan
+            return self._prefix.plan(self._params, small)
         except Exception:  # a function for batches of a fixed size may fail in any way it likes
             return plan
 
@@ -222,10 +228,10 @@ class FeatureCache:
         # half, other neighbours.
         half = np.arange(size)
         half[size - size // 2 :] = 0
-        expected = self._run(self._params, *args).computed
+        expected = self._run(plan, arrays)
         for order in (np.arange(size)[::-1], half):
             other = [consumed[i][order] if i in consumed else x for i, x in enumerate(arrays)]
-            changed = self._run(self._params, *plan.args.tree(other, like=args)).computed
+            changed = self._run(plan, other)
             for a, b in zip(expected, changed, strict=True):
                 a, b = np.asarray(a, np.float64)[order], np.asarray(b, np.float64)
                 scale = np.abs(a[np.isfinite(a)]).max(initial=1e-30)

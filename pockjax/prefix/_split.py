@@ -6,7 +6,16 @@ from typing import Any
 
 import jax
 
-from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, eval_jaxpr, subjaxprs
+from pockjax._compat import (
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    dtype_of,
+    eval_jaxpr,
+    shape_of,
+    subjaxprs,
+)
 from pockjax.autodiff import (
     Arrays,
     Primal,
@@ -26,7 +35,7 @@ PyTree = Any
 _UNSTEADY = ("random_", "threefry", "rng_", "pure_callback", "io_callback", "debug_callback")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)  # it stands in messages about structures
 class Plan:
     """How a function of certain shapes is cut.
 
@@ -47,6 +56,18 @@ class Plan:
     passed: tuple[int, ...]
     consumed: tuple[int, ...]
     frozen: tuple[int, ...]
+
+    def run(self, frozen: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+        """Computes the features of arguments from the params' arrays that the prefix reads."""
+        weights: list[Any] = [None] * len(self.primal.params.arrays)
+        for i, x in zip(self.frozen, frozen, strict=True):
+            weights[i] = x
+        return eval_jaxpr(self.prefix, self.prefix.consts, *weights, *arrays)
+
+    @property
+    def features(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes of the computed features."""
+        return [jax.ShapeDtypeStruct(shape_of(v), dtype_of(v)) for v in self.prefix.outvars]
 
 
 @jax.tree_util.register_dataclass
@@ -71,9 +92,33 @@ class Features:
         return sum(size_in_bytes(x) for x in self.computed)
 
 
-def split(
-    fun: Callable[..., Any], mask: PyTree
-) -> tuple[Callable[..., Features], Callable[..., Any]]:
+class Front:
+    """The frozen front of a function: ``front(params, *args)`` are the features of a batch."""
+
+    def __init__(self, fun: Callable[..., Any], mask: PyTree):
+        """Traces nothing yet; see `split`."""
+        self._fun, self._mask = fun, mask
+        self._plans: dict[Any, Plan] = {}
+
+    def plan(self, params: PyTree, args: tuple[Any, ...]) -> Plan:
+        """How the function is cut for arguments (or shapes of them) like these."""
+        tree, rest = Arrays.of(params), Arrays.of(args)
+        leaves = [_identity(x) for x in (*tree.leaves, *rest.leaves)]
+        key = (tree.treedef, rest.treedef, tuple(leaves))
+        if key not in self._plans:
+            self._plans[key] = make_plan(self._fun, self._mask, params, args)
+        return self._plans[key]
+
+    def __call__(self, params: PyTree, *args: Any) -> Features:
+        """The features of a batch."""
+        plan = self.plan(params, args)
+        weights = plan.primal.params.arrays_of(params)
+        arrays = plan.args.arrays_of(args)
+        computed = plan.run([weights[i] for i in plan.frozen], arrays)
+        return Features(tuple(computed), tuple(arrays[i] for i in plan.passed), plan)
+
+
+def split(fun: Callable[..., Any], mask: PyTree) -> tuple[Front, Callable[..., Any]]:
     """Cuts a function into its frozen front and the rest.
 
     The front is whatever depends on no trained parameter and no random number, found from the
@@ -114,22 +159,6 @@ def split(
     >>> grads["head"].shape
     (2, 1)
     """
-    plans: dict[Any, Plan] = {}
-
-    def plan_of(params: PyTree, args: tuple[Any, ...]) -> Plan:
-        tree, rest = Arrays.of(params), Arrays.of(args)
-        leaves = [_identity(x) for x in (*tree.leaves, *rest.leaves)]
-        key = (tree.treedef, rest.treedef, tuple(leaves))
-        if key not in plans:
-            plans[key] = make_plan(fun, mask, params, args)
-        return plans[key]
-
-    def prefix(params: PyTree, *args: Any) -> Features:
-        plan = plan_of(params, args)
-        arrays = plan.args.arrays_of(args)
-        inputs = [*plan.primal.params.arrays_of(params), *arrays]
-        computed = eval_jaxpr(plan.prefix, plan.prefix.consts, *inputs)
-        return Features(tuple(computed), tuple(arrays[i] for i in plan.passed), plan)
 
     def suffix(params: PyTree, features: Features, *args: Any) -> Any:
         plan = features.plan
@@ -138,7 +167,7 @@ def split(
         outs = eval_jaxpr(plan.suffix, plan.suffix.consts, *inputs)
         return plan.primal.outputs(outs)[0]
 
-    return prefix, suffix
+    return Front(fun, mask), suffix
 
 
 def _identity(leaf: Any) -> Any:

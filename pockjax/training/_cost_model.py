@@ -75,7 +75,7 @@ class CostModel:
             **options: of `compile`, but for ``remat``.
 
         Raises:
-            ValueError: if an option is none of those that there are.
+            ValueError: if an option makes no sense.
 
         >>> import jax.numpy as jnp
         >>> import pockjax as pj

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pockjax._progress import Progress
-from pockjax.autodiff import is_array
+from pockjax.autodiff import Arrays
 from pockjax.prefix import FeatureCache
 from pockjax.training._checkpoint import load, save
 from pockjax.training._state import Metrics, State
@@ -127,8 +127,10 @@ def _features(step: Step, state: State, cache: Any) -> Callable[..., Any] | None
         return cache
     if step.prefix is not None:
         # The state's own arrays are gone after the first step.
-        params = jax.tree.map(lambda x: jnp.copy(x) if is_array(x) else x, state.params)
-        return FeatureCache(step.prefix, params, folder=cache)
+        [features] = step._update.batch
+        read, arrays = features.plan.frozen, Arrays.of(state.params)
+        held = [jnp.copy(x) if i in read else x for i, x in enumerate(arrays.arrays)]
+        return FeatureCache(step.prefix, arrays.tree(held), folder=cache)
     if cache is not None:
         raise ValueError(
             f"features are to be kept in {cache}, but the step computes its frozen front itself: "

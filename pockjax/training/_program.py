@@ -13,7 +13,7 @@ import optax
 from pockjax.autodiff import IndexedMask, Plan, is_array
 from pockjax.costs import count_flops
 from pockjax.masks import resolve
-from pockjax.prefix import Features, split
+from pockjax.prefix import Features, Front, split
 from pockjax.rewrites import DEFAULT_LIBRARY, LIBRARIES, Rewriter, fastest
 from pockjax.training._state import Metrics, State
 from pockjax.training._trees import check_batch, made_up, shapes_of
@@ -89,23 +89,28 @@ class Options:
 
 def behind_the_front(
     fun: Callable[..., Any], mask: PyTree, params: PyTree, batch: tuple[Any, ...], options: Options
-) -> tuple[Callable[..., Features], Callable[..., Any], tuple[Features]]:
+) -> tuple[Front, Callable[..., Any], tuple[Features]]:
     """The frozen front of a loss, the rest, and the shapes of what passes from one to the other.
 
     Raises:
         ValueError: for options that a step without its front has not, or if nothing is frozen
             before the first trained layer.
     """
-    if options.accumulate > 1 or options.key is not None:
-        raise ValueError(
-            "a step without its frozen front has neither microbatches nor a key; leave out "
-            "accumulate and key, or use pockjax.split by hand"
-        )
+    refused = {
+        "accumulate": options.accumulate > 1, "key": options.key is not None,
+        "merge_aux": options.merge_aux is not None,  # may write what the front has read
+        "frozen_dtype": options.frozen_dtype is not None,
+    }  # fmt: skip
+    if any(refused.values()):
+        names = " and ".join(name for name, given in refused.items() if given)
+        raise ValueError(f"a step without its frozen front cannot have {names}")
     front, rest = split(fun, mask)
-    features = jax.eval_shape(front, params, *batch)
-    if not features.computed:
+    plan = front.plan(params, batch)
+    if not plan.features:
         raise ValueError("nothing is frozen before the first trained layer; leave out prefix")
-    return front, rest, (features,)
+    arrays = plan.args.arrays_of(batch)
+    passed = tuple(arrays[i] for i in plan.passed)
+    return front, rest, (Features(tuple(plan.features), passed, plan),)
 
 
 def variants(residuals: Residuals) -> tuple[str, ...]:

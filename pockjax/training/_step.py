@@ -14,7 +14,7 @@ from pockjax._allocator import advise
 from pockjax.autodiff import IndexedMask, Plan, is_array
 from pockjax.costs import CompiledCost, Prediction
 from pockjax.masks import MaskError, Scheme, pack, resolve
-from pockjax.prefix import Features
+from pockjax.prefix import Front
 from pockjax.rewrites import BACKENDS, Choice, Rewriter
 from pockjax.training._measure import Measurement, measured
 from pockjax.training._program import (
@@ -108,8 +108,8 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
             not have, or if ``tx`` or ``merge_aux`` change shapes or dtypes of what they return.
         ValueError: if ``accumulate`` does not divide the batch, for ``merge_aux`` without aux, if
             ``remat`` does not fit ``fun`` or is asked for when XLA chooses the residuals, or for
-            ``prefix`` with ``accumulate`` or a key, or where nothing is frozen before the first
-            trained layer.
+            ``prefix`` with ``accumulate``, ``key``, ``merge_aux`` or ``frozen_dtype``, or where
+            nothing is frozen before the first trained layer.
 
     >>> import pockjax as pj
     >>> params = {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}
@@ -174,7 +174,7 @@ class Step:
         self._many: dict[int, Any] = {}
         self._measured: Measurement | None = None
         self.predicted: Prediction | None = None
-        self.prefix: Callable[..., Features] | None = None
+        self.prefix: Front | None = None
         self._compiled, self._update = compiled, update
         self._costs, self._chosen, self._rewrites = costs, chosen, rewrites
 

@@ -148,6 +148,23 @@ def test_a_step_can_be_compiled_without_its_front(tmp_path: Path) -> None:
     np.testing.assert_allclose(metrics.loss, mlp_loss(params, x, x), rtol=1e-5)
 
 
+def test_models_with_functions_and_batches_with_constants_have_fronts_too() -> None:
+    params = {"f": jnp.tanh, "front": jnp.eye(WIDTH), "head": jnp.ones((WIDTH, 1))}
+    mask = {"f": False, "front": False, "head": True}
+
+    def loss(params: Any, x: Any, y: Any, doubled: bool) -> Any:
+        out = params["f"](x @ params["front"]) @ params["head"]
+        return (2 if doubled else 1) * jnp.mean((out - y[:, :1]) ** 2)
+
+    data = [(x, y, True) for x, y in pairs()]
+    given: dict[str, Any] = {"batches": data, "arguments": tuple}
+    losses = []
+    for prefix in (False, True):
+        step = pj.compile(loss, mask, optax.adam(0.1), params, *data[0], prefix=prefix)
+        losses.append(run(step, step.init(params, donate=False), **given).losses)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
 def test_what_has_no_front_to_leave_out_is_refused(tmp_path: Path) -> None:
     step, state = step_and_state()
     assert step.prefix is None
@@ -156,8 +173,15 @@ def test_what_has_no_front_to_leave_out_is_refused(tmp_path: Path) -> None:
     params, x = mlp_params(), jnp.ones((SIZE, WIDTH))
     with pytest.raises(ValueError, match="nothing is frozen"):
         pj.compile(mlp_loss, True, optax.sgd(0.1), params, x, x, prefix=True)
-    with pytest.raises(ValueError, match="microbatches"):
-        pj.compile(mlp_loss, MASK, optax.sgd(0.1), params, x, x, prefix=True, accumulate=2)
+    options: list[dict[str, Any]] = [
+        {"accumulate": 2},
+        {"key": jax.random.key(0)},
+        {"frozen_dtype": "bfloat16"},
+        {"has_aux": True, "merge_aux": lambda params, aux: params},
+    ]
+    for given in options:
+        with pytest.raises(ValueError, match=f"cannot have {list(given)[-1]}"):
+            pj.compile(mlp_loss, MASK, optax.sgd(0.1), params, x, x, prefix=True, **given)
 
 
 def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
