@@ -346,7 +346,7 @@ def _section(name: str, rows: dict[str, Any], config: Config) -> list[str]:
             )
     anysize = [row for key, row in rows.items() if key.startswith("mask ")]
     for kind, masks in (("of any size", anysize), ("of one memory", drawn)):
-        if len(masks) >= 5:
+        if len(masks) >= 10:  # of fewer, correlations say nothing
             lines += ["", f"{len(masks)} random masks {kind}, summed sensitivity and what was "
                       "reached:", "", *_correlations(config.out / name, masks)]  # fmt: skip
     return [*lines, ""]
