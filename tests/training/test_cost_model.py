@@ -9,8 +9,11 @@ import optax
 import pytest
 
 import pockjax as pj
-from pockjax.costs import CompiledCost
+from experiments import networks
+from pockjax.autodiff import inlined
+from pockjax.costs import CompiledCost, predict_temp_bytes
 from pockjax.training import CostModel, _cost_model
+from pockjax.training._program import Options, Program
 
 LAYERS, WIDTH = 5, 128
 TX = optax.adam(1e-3)
@@ -156,3 +159,19 @@ def test_a_plan_is_of_the_program_that_is_compiled() -> None:
     plan = CostModel(loss, TX, params(), jnp.ones((256, WIDTH)), **options).best_plan(mask)
     step = pj.compile(loss, mask, TX, params(), jnp.ones((256, WIDTH)), remat=True, **options)
     assert plan == step.remat
+
+
+@pytest.mark.parametrize("trained", ["everything", "biases"])
+def test_memory_of_a_step_that_is_run_depth_first(trained: str) -> None:
+    """Branches of an encoder are where the order of operands matters."""
+    weights = networks.transformer_params(jax.random.key(0), 4, 64, 256)
+    mask = True if trained == "everything" else pj.mask(weights, lambda _, x: x.ndim == 1)
+
+    def encoder(params: Any, x: Any) -> Any:
+        return jnp.mean(networks.transformer(params, x, 4) ** 2)
+
+    update = Options(rewrites="none").update(encoder, mask, TX, weights, (jnp.ones((4, 64, 64)),))
+    _, executable = Program(True, True, None, depth_first=True).compiled(update)
+    step = jax.make_jaxpr(update.step(True, True))(update.example_state, *update.batch)
+    predicted = predict_temp_bytes(inlined(step), depth_first=True)
+    assert predicted == pytest.approx(CompiledCost.of(executable).temp_bytes, rel=0.05)
