@@ -5,6 +5,7 @@ from pockjax.costs._flops import flops_of as flops_of
 from pockjax.costs._latency import Rates as Rates
 from pockjax.costs._latency import work_of as work_of
 from pockjax.costs._memory import CompiledCost as CompiledCost
+from pockjax.costs._memory import best_order as best_order
 from pockjax.costs._memory import predict_temp_bytes as predict_temp_bytes
 from pockjax.costs._memory import tree_bytes as tree_bytes
 from pockjax.costs._prediction import Prediction as Prediction

@@ -17,6 +17,7 @@ from pockjax.costs import (
     Prediction,
     Rates,
     Separable,
+    best_order,
     count_flops,
     predict_temp_bytes,
     tree_bytes,
@@ -24,7 +25,7 @@ from pockjax.costs import (
 )
 from pockjax.masks import resolve
 from pockjax.rewrites import BACKENDS, Rewriter
-from pockjax.training._program import DEPTH_FIRST, XLA, Options, variants
+from pockjax.training._program import Options, Program, variants
 from pockjax.training._step import Step
 from pockjax.training._step import compile as compile_step
 from pockjax.training._trees import made_up
@@ -275,18 +276,13 @@ class CostModel:
 
     def _best(self, update: Update) -> tuple[Jaxpr, int]:
         """The variant that `compile` would choose, and the bytes of its intermediate arrays."""
-        found = [
-            (
-                jaxpr := self._jaxpr(update, name != XLA),
-                predict_temp_bytes(jaxpr, name == DEPTH_FIRST),
-            )
-            for name in variants(self._options.residuals)
-        ]
+        jaxprs = [self._jaxpr(update, name == "kept") for name in variants(self._options.residuals)]
+        found = [(jaxpr, best_order(jaxpr)[1]) for jaxpr in jaxprs]
         return min(found, key=lambda pair: pair[1])
 
-    def _jaxpr(self, update: Update, kept: bool = True) -> Jaxpr:
+    def _jaxpr(self, update: Update, kept: bool) -> Jaxpr:
         """The whole step, as it would be handed to XLA."""
-        step = update.step(kept, self._options.updates == "early")
+        step = Program(kept, self._options.updates == "early", None).function(update)
         jaxpr = jax.make_jaxpr(step)(update.example_state, *update.arrays_of(update.batch))
         if self._rewriter is not None:
             jaxpr = self._rewriter.rewritten(jaxpr)

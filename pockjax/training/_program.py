@@ -1,7 +1,7 @@
 """How an update becomes an executable: variants, compiler options, the library for products."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pockjax.autodiff import IndexedMask, Plan, is_array
-from pockjax.costs import count_flops
+from pockjax.autodiff import IndexedMask, Plan, inlined, is_array
+from pockjax.costs import best_order, count_flops
 from pockjax.masks import resolve
 from pockjax.prefix import Features, Front, split
 from pockjax.rewrites import DEFAULT_LIBRARY, LIBRARIES, Rewriter, fastest
@@ -23,7 +23,6 @@ PyTree = Any
 Residuals = Literal["auto", "kept", "xla"]
 Rewrites = Literal["measured", "guessed", "none"]
 Updates = Literal["early", "late"]
-XLA, DEPTH_FIRST = "xla", "kept, depth first"
 
 # Operations; below, a step is quick with any library, and above, its products are so large that
 # XLA's choice is the best.
@@ -115,9 +114,7 @@ def behind_the_front(
 
 def variants(residuals: Residuals) -> tuple[str, ...]:
     """What is compiled, to take the one that needs the least memory."""
-    if residuals != "auto":
-        return (residuals,)
-    return ("kept", XLA, *((DEPTH_FIRST,) if jax.default_backend() == "cpu" else ()))
+    return ("kept", "xla") if residuals == "auto" else (residuals,)
 
 
 @dataclass(frozen=True)
@@ -128,16 +125,15 @@ class Program:
         kept: whether what the backward pass keeps is fixed.
         early: whether parameters are written within the backward pass.
         rewriter: finds faster forms; None to leave all as it is.
-        depth_first: order operations for the least memory; XLA's usual order on a CPU goes through
-            all that is ready first, and computes what the backward pass needs again for all layers
-            at its start.
+        depth_first: whether operations are run depth first, instead of in XLA's usual order; None
+            to find out which takes less memory, on a CPU (see `pockjax.costs.best_order`).
         library: what computes matrix products; None to find out which is the fastest here.
     """
 
     kept: bool
     early: bool
     rewriter: Rewriter | None
-    depth_first: bool = False
+    depth_first: bool | None = None
     library: str | None = None
 
     def function(self, update: Update) -> Callable[..., tuple[State, Metrics]]:
@@ -146,11 +142,11 @@ class Program:
 
     def compiled(
         self, update: Update, fun: Callable[..., Any] | None = None, batch: Any = None
-    ) -> tuple[str, Any]:
+    ) -> tuple["Program", Any]:
         """The executable of one step, or of another function, on the state's arrays in a row.
 
         Returns:
-            The library that computes its products, and the executable.
+            This, with what was found out, and the executable.
         """
         # A state goes in where it came out, so the one must be said to be the other.
         shardings = None
@@ -161,12 +157,20 @@ class Program:
         if self.rewriter is not None:
             fun = partial(self.rewriter.run, fun)
         step = jax.jit(update.layout.on_rows(fun), donate_argnums=0, out_shardings=shardings)
-        lowered = step.lower(jax.tree.leaves(update.example_state), *batch)
-        options = _MEMORY_ORDER if self.depth_first else {}
+        traced = step.trace(jax.tree.leaves(update.example_state), *batch)
+        depth_first = self.depth_first
+        if depth_first is None:
+            depth_first = jax.default_backend() == "cpu" and best_order(inlined(traced.jaxpr))[0]
+        lowered = traced.lower()
+        options = _MEMORY_ORDER if depth_first else {}
         if self.library is not None or not self._is_timed(update):
             library = self.library or DEFAULT_LIBRARY
-            return library, lowered.compile(compiler_options=LIBRARIES[library] | options or None)
-        return fastest(lowered, lambda executable: _runs(executable, update, batch), options)
+            executable = lowered.compile(compiler_options=LIBRARIES[library] | options or None)
+        else:
+            library, executable = fastest(
+                lowered, lambda executable: _runs(executable, update, batch), options
+            )
+        return replace(self, depth_first=depth_first, library=library), executable
 
     def _is_timed(self, update: Update) -> bool:
         """Whether it is worth while to time the step with each library."""

@@ -18,9 +18,9 @@ from pockjax.costs import (
     tree_bytes,
 )
 from pockjax.masks import describe, pack
-from pockjax.rewrites import DEFAULT_LIBRARY, Choice, Rewriter
+from pockjax.rewrites import DEFAULT_LIBRARY, Choice
 from pockjax.training._measure import Measurement
-from pockjax.training._program import DEPTH_FIRST, XLA
+from pockjax.training._program import Program
 from pockjax.training._update import Update
 
 
@@ -78,6 +78,8 @@ class Report:
         fallbacks: where a gradient is computed wider than asked, and why.
         rewrites: the form that was chosen for each convolution, and what each form takes here.
         library: what computes matrix products.
+        depth_first: whether operations are run in an order that takes less memory than XLA's usual
+            one, see `pockjax.costs.best_order`.
         measured: time and page faults, once `Step.measure` was called.
         expected: what a cost model predicted, if it compiled the step (see `CostModel.compile`).
     """
@@ -93,6 +95,7 @@ class Report:
     fallbacks: tuple[Fallback, ...]
     rewrites: tuple[Choice, ...] = ()
     library: str | None = None
+    depth_first: bool = False
     measured: Measurement | None = None
     expected: Prediction | None = None
 
@@ -135,6 +138,7 @@ class Report:
             "parameters": [asdict(row) for row in self.rows],
             "fallbacks": [{**asdict(f), "message": str(f)} for f in self.fallbacks],
             "library": self.library,
+            "depth_first": self.depth_first,
             "rewrites": [asdict(choice) for choice in self.rewrites],
             "measured": None if self.measured is None else asdict(self.measured),
             "expected": None if self.expected is None else self.expected.as_dict(),
@@ -205,7 +209,8 @@ class Report:
         backward, activations = len(self.dropped_backward), len(self.dropped_activations)
         notes = [
             f"Compiled: {total} = arguments {arguments} + results {results} - in place {alias} + "
-            f"temporary {temporary}; residuals: {self.residuals}.",
+            f"temporary {temporary}; residuals: {self.residuals}"
+            f"{', run depth first' * self.depth_first}.",
             f"Predicted: {_quantity(self.predicted_total_bytes, 'B')}, of which temporary "
             f"{_quantity(temp, 'B')}{_milliseconds(expected)}.",
             f"Of {len(self.rows)} parameter arrays, {backward} have no backward pass and for "
@@ -254,29 +259,28 @@ def make_report(
     update: Update,
     costs: dict[str, CompiledCost],
     chosen: str,
-    rewrites: tuple[Choice, ...] = (),
-    early: bool = True,
-    library: str | None = None,
-    rewriter: Rewriter | None = None,
+    rewrites: tuple[Choice, ...],
+    program: Program,
 ) -> Report:
     """Counts, predicts and compares; traces nothing of the user's function again."""
     mask = update.mask.tree(update.mask.indices)
-    traced = jax.make_jaxpr(update.step(chosen != XLA, early))(
+    traced = jax.make_jaxpr(program.function(update))(
         update.example_state, *update.arrays_of(update.batch)
     )
-    rewritten = traced if rewriter is None else rewriter.rewritten(traced)
+    rewritten = traced if program.rewriter is None else program.rewriter.rewritten(traced)
     return Report(
         predicted=_estimate(update, update.joint, mask),
         full=_estimate(update, differentiate(update.primal, True), True),
         compiled=costs[chosen],
         flops=count_flops(traced),
-        temp_bytes=predict_temp_bytes(inlined(rewritten), chosen == DEPTH_FIRST),
+        temp_bytes=predict_temp_bytes(inlined(rewritten), bool(program.depth_first)),
         residuals=chosen,
         variants={name: cost.total_bytes for name, cost in costs.items()},
         rows=_rows(update, mask),
         fallbacks=update.joint.fallbacks,
         rewrites=rewrites,
-        library=library,
+        library=program.library,
+        depth_first=bool(program.depth_first),
     )
 
 

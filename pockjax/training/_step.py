@@ -18,8 +18,6 @@ from pockjax.prefix import Front
 from pockjax.rewrites import BACKENDS, Choice, Rewriter
 from pockjax.training._measure import Measurement, measured
 from pockjax.training._program import (
-    DEPTH_FIRST,
-    XLA,
     Options,
     Program,
     Residuals,
@@ -80,7 +78,8 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
             gets the stacked aux, and must take the mean or the last over its first axis.
         residuals: ``"kept"`` fixes what the backward pass keeps to the fewest bytes, which halves
             the memory of many networks; ``"xla"`` leaves the choice to XLA; ``"auto"`` compiles
-            both, and on a CPU the first in two orders, and takes what needs the least memory.
+            both and takes what needs the least memory. On a CPU the order of operations is chosen
+            for the least memory too, as predicted.
         rewrites: how to find faster forms of convolutions, on a CPU (see `pockjax.rewrite`):
             ``"measured"`` times them once on each machine, about a second for each new kind of
             convolution; ``"guessed"`` takes the likeliest; ``"none"`` leaves all as it is.
@@ -132,18 +131,16 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
         rewriter = None
     programs = {
-        name: Program(name != XLA, updates == "early", rewriter, name == DEPTH_FIRST)
-        for name in variants(residuals)
+        name: Program(name == "kept", updates == "early", rewriter) for name in variants(residuals)
     }
     compiled = {name: program.compiled(update) for name, program in programs.items()}
     costs = {name: CompiledCost.of(executable) for name, (_, executable) in compiled.items()}
     best = min(costs, key=lambda name: costs[name].total_bytes)
-    library, executable = compiled[best]
+    program, executable = compiled[best]
     if jax.default_backend() == "cpu":
         advise(costs[best].temp_bytes)
     choices = () if rewriter is None else tuple(rewriter.choices)
     choices = choices[: len(choices) // len(programs)]
-    program = replace(programs[best], library=library)
     step = Step(executable, update, costs, best, choices, program)
     step.prefix = front
     return step
@@ -366,9 +363,7 @@ class Step:
             self._costs,
             self._chosen,
             self._rewrites,
-            self._program.early,
-            self._program.library,
-            self._program.rewriter,
+            self._program,
         )
 
     @property

@@ -72,7 +72,6 @@ def test_the_report_of_a_step_has_the_prediction_beside_it(model: CostModel) -> 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_best_of_several_variants_is_predicted(seed: int) -> None:
-    """One of them runs its operations in another order."""
     x, mask = jnp.ones((256, WIDTH)), random_mask(seed)
     kept, xla, auto = (
         CostModel(loss, TX, params(), x, residuals=name).predict(mask).memory_bytes
@@ -175,3 +174,26 @@ def test_memory_of_a_step_that_is_run_depth_first(trained: str) -> None:
     step = jax.make_jaxpr(update.step(True, True))(update.example_state, *update.batch)
     predicted = predict_temp_bytes(inlined(step), depth_first=True)
     assert predicted == pytest.approx(CompiledCost.of(executable).temp_bytes, rel=0.05)
+
+
+def test_operations_are_run_in_the_order_that_takes_less_memory() -> None:
+    """Depth first is better for the encoder's gradient, and breadth first for a short chain."""
+    weights = networks.transformer_params(jax.random.key(0), 4, 64, 256)
+    x = jnp.ones((4, 64, 64))
+
+    def encoder(params: Any, x: Any) -> Any:
+        return jnp.mean(networks.transformer(params, x, 4) ** 2)
+
+    step = pj.compile(encoder, True, TX, weights, x, rewrites="none")
+    update = Options(rewrites="none").update(encoder, True, TX, weights, (x,))
+    breadth, depth = (
+        CompiledCost.of(Program(True, True, None, depth_first).compiled(update)[1]).total_bytes
+        for depth_first in (False, True)
+    )
+    assert step.report.depth_first and "depth first" in str(step.report)
+    assert step.report.compiled.total_bytes == depth < 0.9 * breadth
+    predicted = CostModel(encoder, TX, weights, x, rewrites="none").predict(True)
+    assert predicted.memory_bytes == pytest.approx(depth, rel=0.05)
+
+    short = pj.compile(lambda w, x: jnp.mean(x @ w), True, TX, jnp.ones((4, 2)), jnp.ones((8, 4)))
+    assert not short.report.depth_first
