@@ -56,6 +56,7 @@ class Config:
         models: names of models.
         masks: random masks of each, beside the five probes that the model is calibrated on.
         timed: how many of them are timed too.
+        repeats: how often each of those is run, in turn.
         seconds: stop starting new masks of a model after this long.
     """
 
@@ -63,6 +64,7 @@ class Config:
     models: tuple[str, ...] = (*SMALL, *TABLE)
     masks: int = 30
     timed: int = 0
+    repeats: int = 11
     seconds: float = float("inf")
 
 
@@ -167,13 +169,14 @@ def measure_seconds(
     name: str, config: Config, model: CostModel, problem: Case, rows: list[dict[str, Any]]
 ) -> None:
     """Calibrates on the probes, then times other masks beside what is predicted for them."""
-    model.calibrate([random_mask(problem.params, seed) for seed in range(PROBES)])
+    probes = [random_mask(problem.params, seed) for seed in range(PROBES)]
+    model.calibrate(probes, config.repeats)
     other = CostModel(
         problem.loss, optax.adam(1e-3), problem.params, *problem.batch, rewrites="guessed"
     )
     seeds = range(PROBES, PROBES + config.timed)
     masks = [random_mask(problem.params, seed) for seed in seeds]
-    other.calibrate(masks)
+    other.calibrate(masks, config.repeats)
     by_seed = {row["seed"]: row for row in rows if row["model"] == name}
     for seed, mask, probe in zip(seeds, masks, other.probes, strict=True):
         by_seed[seed] |= {

@@ -2,16 +2,22 @@
 
 from pockjax._compat import JaxprEqn, subjaxprs
 
-# Elementwise functions and views: computing them costs about as much as reading their operands.
-_CHEAP = frozenset(
+ELEMENTWISE = frozenset(
     """
-    abs add add_any and asin atan atan2 broadcast_in_dim cbrt ceil clamp concatenate
-    convert_element_type copy copy_p cos div dynamic_slice empty2 eq erf erf_inv erfc exp exp2
-    expand_dims expm1 floor full gather ge gt imag integer_pow iota is_finite le log log1p logistic
-    lt max min mul name ne neg nextafter not one_minus_square or pad polynomial pow real
-    reduce_precision rem reshape rev round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh slice split sqrt square squeeze stack stop_gradient sub tan
-    tanh transpose xor
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
+    cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite
+    le lgamma log log1p logistic lt max min mul ne neg nextafter not one_minus_square or pow real
+    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
+    sign sin sinh sqrt square sub tan tanh xor
+    """.split()
+)
+"""Operations of which each element of the result depends on the same element of each operand."""
+
+# Computing them costs about as much as reading their operands.
+_CHEAP = (ELEMENTWISE - {"digamma", "lgamma"}) | frozenset(
+    """
+    broadcast_in_dim concatenate copy copy_p dynamic_slice empty2 expand_dims full gather iota name
+    pad polynomial reshape rev slice split squeeze stack stop_gradient transpose
     """.split()
 )
 

@@ -16,7 +16,7 @@ from pockjax.autodiff._expose import expose
 from pockjax.autodiff._exposed import Context, Fallback, Term, Value, carrying
 from pockjax.autodiff._fold import fold
 from pockjax.autodiff._indices import IndexedMask
-from pockjax.autodiff._jaxprs import evaluated, inlined
+from pockjax.autodiff._jaxprs import evaluated, inlined, size_in_bytes
 from pockjax.autodiff._remat import Plan, Recomputable, best_plan, marked
 from pockjax.autodiff._residuals import Split, split_passes
 from pockjax.autodiff._thin import thin_scans
@@ -145,6 +145,19 @@ class Joint:
     def n_forward_out(self) -> int:
         """Number of outputs that are not gradients."""
         return len(self.jaxpr.outvars) - sum(i is not None for i in self.packing.slots)
+
+    @property
+    def residual_bytes(self) -> int:
+        """What the backward pass keeps from the forward pass, parameters aside."""
+        n_params = len(self.primal.params.arrays)
+        held = [self.inputs[i] for i in self.passes.kept_inputs if i >= n_params]
+        kept = self.passes.forward.out_avals[self.n_forward_out :]
+        return sum(map(size_in_bytes, [*kept, *held]))
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the packed gradient."""
+        return sum(map(size_in_bytes, self.jaxpr.out_avals[self.n_forward_out :]))
 
     def run(self, inputs: Sequence[Any]) -> tuple[PyTree, PyTree, PyTree]:
         """Value, auxiliary outputs and packed gradient of a scalar function."""

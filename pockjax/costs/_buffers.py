@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dtype_of, shape_of, subjaxprs
-from pockjax.autodiff import size_in_bytes
+from pockjax.autodiff import ELEMENTWISE, size_in_bytes
 
 _VIEWS = frozenset(
     "reshape squeeze expand_dims copy copy_p stop_gradient name sharding_constraint pvary pcast "
@@ -29,14 +29,7 @@ _EXPENSIVE = frozenset(
     "cbrt cos digamma erf erf_inv erfc exp exp2 expm1 lgamma log log1p logistic pow rsqrt sin sqrt "
     "tan tanh gather".split()
 )
-_ELEMENTWISE = frozenset(
-    """
-    abs add add_any and ceil clamp convert_element_type div eq floor ge gt imag integer_pow
-    is_finite le lt max min mul ne neg nextafter not one_minus_square or real reduce_precision rem
-    round select_n shift_left shift_right_arithmetic shift_right_logical sign square sub xor
-    bitcast_convert_type
-    """.split()
-) | (_EXPENSIVE - {"gather"})
+_ELEMENTWISE = ELEMENTWISE | {"bitcast_convert_type"}
 _INDEXED = frozenset(
     """
     broadcast_in_dim concatenate dynamic_slice dynamic_update_slice empty2 full gather iota pad rev
@@ -264,7 +257,7 @@ class Program:
         for op in reversed(self.ops):
             by = {u if u.kind == "reduce" else u.reduced for v in op.makes for u in v.users}
             # A reduction takes in what nobody else reads.
-            if op.kind == "loop" or op.name == "dot_general":
+            if op.kind == "loop" or op.name in ("dot_general", "conv_general_dilated"):
                 op.reduced = by.pop() if len(by) == 1 else None
             for value in op.makes:
                 value.written = op.reduced is None and (op.kind != "loop" or _is_written(op, value))

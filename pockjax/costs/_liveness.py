@@ -9,7 +9,7 @@ from pockjax.costs._buffers import Op, Program, Value
 from pockjax.costs._order import Node, breadth_first, depth_first
 
 _ALIGNMENT = 64
-_IN_PLACE = ("dynamic_update_slice", "scan", "scatter-add", "scatter")
+_IN_PLACE = ("dynamic_update_slice", "scan", "scatter-add", "scatter", "sort")
 
 
 @dataclass

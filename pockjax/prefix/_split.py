@@ -209,13 +209,43 @@ def make_plan(fun: Callable[..., Any], mask: PyTree, params: PyTree, args: tuple
     """Trace a function and find where to cut it."""
     shapes = _shapes(args)
     primal = trace(fun, _shapes(params), shapes, scalar=False)
-    jaxpr = inlined(primal.jaxpr)
     n_params = len(primal.params.arrays)
     entries, _, _ = resolve(params, mask)
     pairs = zip(entries, primal.params.is_array, strict=True)
     trained = [entry is not False for entry, is_array in pairs if is_array]
-    weights, batch = jaxpr.invars[:n_params], jaxpr.invars[n_params:]
+    prefix, suffix = cut(inlined(primal.jaxpr), trained)
+    read = _read(suffix)
+    first = n_params + len(prefix.outvars)
+    passed = tuple(i for i, v in enumerate(suffix.invars[first:]) if v in read)
+    suffix = suffix.replace(
+        invars=[*suffix.invars[:first], *(suffix.invars[first + i] for i in passed)],
+        debug_info=suffix.debug_info,
+    )
+    read = _read(prefix)
+    weights, batch = prefix.invars[:n_params], prefix.invars[n_params:]
+    return Plan(
+        primal,
+        Arrays.of(shapes),
+        prefix,
+        suffix,
+        passed,
+        consumed=tuple(i for i, v in enumerate(batch) if v in read),
+        frozen=tuple(i for i, v in enumerate(weights) if v in read),
+    )
 
+
+def cut(jaxpr: Jaxpr, trained: Sequence[bool]) -> tuple[Jaxpr, Jaxpr]:
+    """Cuts a function of parameters and a batch where the fewest bytes cross.
+
+    Args:
+        jaxpr: of the function, its jits inlined.
+        trained: of each parameter, whether it is trained at all.
+
+    Returns:
+        The front: parameters, then the batch -> features; and the rest: parameters, then features,
+        then the batch -> outputs.
+    """
+    weights, batch = jaxpr.invars[: len(trained)], jaxpr.invars[len(trained) :]
     changing = {v for v, yes in zip(weights, trained, strict=True) if yes}
     of_batch = set(batch)
     front: list[JaxprEqn] = []
@@ -235,38 +265,20 @@ def make_plan(fun: Callable[..., Any], mask: PyTree, params: PyTree, args: tuple
     wanted = [a for eqn in rest for a in eqn.invars] + list(jaxpr.outvars)
     required = [a for a in wanted if isinstance(a, Var) and a in of_batch and a not in changing]
     there = set(batch)
-    cut = cheapest_cut(
+    found = cheapest_cut(
         front,
         required,
         lambda v: size_in_bytes(v.aval) if v in of_batch and v not in there else 0,
     )
-    computed = [v for v in cut.kept if v in of_batch and v not in there]
-
+    computed = [v for v in found.kept if v in of_batch and v not in there]
     debug = jaxpr.debug_info.with_unknown_names()
     prefix = tidied(jaxpr.replace(eqns=constant + front, outvars=computed, debug_info=debug))
-    suffix = tidied(
-        jaxpr.replace(
-            invars=[*weights, *computed, *batch],
-            eqns=[*constant, *cut.recomputed, *rest],
-            debug_info=debug,
-        )
+    suffix = jaxpr.replace(
+        invars=[*weights, *computed, *batch],
+        eqns=[*constant, *found.recomputed, *rest],
+        debug_info=debug,
     )
-    read = _read(suffix)
-    passed = tuple(i for i, v in enumerate(suffix.invars[n_params + len(computed) :]) if v in read)
-    kept = suffix.invars[: n_params + len(computed)]
-    suffix = suffix.replace(
-        invars=[*kept, *(batch[i] for i in passed)], debug_info=suffix.debug_info
-    )
-    read = _read(prefix)
-    return Plan(
-        primal,
-        Arrays.of(shapes),
-        prefix,
-        suffix,
-        passed,
-        consumed=tuple(i for i, v in enumerate(batch) if v in read),
-        frozen=tuple(i for i, v in enumerate(weights) if v in read),
-    )
+    return prefix, tidied(suffix)
 
 
 def _is_unsteady(eqn: JaxprEqn) -> bool:

@@ -10,14 +10,12 @@ import jax
 import numpy as np
 import optax
 
-from pockjax._compat import Jaxpr
-from pockjax.autodiff import IndexedMask, Joint, Plan, inlined
+from pockjax.autodiff import IndexedMask, Plan, inlined
 from pockjax.costs import (
     CompiledCost,
     Prediction,
     Rates,
     Separable,
-    best_order,
     count_flops,
     predict_temp_bytes,
     tree_bytes,
@@ -25,7 +23,8 @@ from pockjax.costs import (
 )
 from pockjax.masks import resolve
 from pockjax.rewrites import BACKENDS, Rewriter
-from pockjax.training._program import Options, Program, variants
+from pockjax.training._forecast import Forecast, forecast
+from pockjax.training._program import Options
 from pockjax.training._step import Step
 from pockjax.training._step import compile as compile_step
 from pockjax.training._trees import made_up
@@ -103,7 +102,7 @@ class CostModel:
         resolve(self._update.params, mask)
         update = replace(self._update, mask=IndexedMask.of(mask), remat=remat)
         if update.frozen_dtype is None:  # otherwise the trace depends on what is frozen
-            update.__dict__["primal"] = self._update.primal
+            update.__dict__["traced"] = self._update.traced
         return update
 
     def predict(self, mask: PyTree, remat: Plan | bool = ()) -> Prediction:
@@ -116,19 +115,19 @@ class CostModel:
         Raises:
             MaskError: if the mask does not fit the parameters.
         """
-        update = self._update_of(mask, remat)
-        jaxpr, predicted = self._best(update)
+        expected = self._forecast(self._update_of(mask, remat))
+        update, jaxpr = expected.update, expected.jaxpr
         arguments = tree_bytes(jaxpr.in_avals)
         results = tree_bytes(jaxpr.out_avals) - tree_bytes(update.example_state)
         slope, offset = self._correction
-        temp = max(int(slope * predicted + offset), 0)
+        temp = max(int(slope * expected.temp_bytes + offset), 0)
         return Prediction(
             memory_bytes=arguments + results + temp,
             argument_bytes=arguments,
             temp_bytes=temp,
-            residual_bytes=_residual_bytes(update.joint),
+            residual_bytes=update.joint.residual_bytes,
             optimizer_bytes=tree_bytes(update.example_state.opt_state),
-            gradient_bytes=_gradient_bytes(update.joint),
+            gradient_bytes=update.joint.gradient_bytes,
             flops=count_flops(jaxpr),
             seconds=None if self._rates is None else self._rates.of(work_of(jaxpr)),
         )
@@ -153,7 +152,7 @@ class CostModel:
 
     def best_plan(self, mask: PyTree) -> Plan:
         """The blocks to compute again so that a mask's backward pass keeps the fewest bytes."""
-        return self._update_of(mask).primal.best_plan(mask)
+        return self._update_of(mask).traced.best_plan(mask)
 
     def calibrate(self, masks: Sequence[PyTree], repeats: int = 5) -> None:
         """Compiles and times a few masks, and corrects later predictions by what was off.
@@ -168,12 +167,10 @@ class CostModel:
         if not masks:
             raise ValueError("there are no masks to compile and time")
         steps = [self._compiled(mask) for mask in masks]
-        traced = [self._best(self._update_of(mask)) for mask in masks]
-        for step, (jaxpr, predicted), seconds in zip(
-            steps, traced, _timed(steps, repeats), strict=True
-        ):
+        expected = [self._forecast(self._update_of(mask)) for mask in masks]
+        for step, one, seconds in zip(steps, expected, _timed(steps, repeats), strict=True):
             cost = CompiledCost.of(step.compiled)
-            self.probes.append(Probe(predicted, cost, seconds, work_of(jaxpr)))
+            self.probes.append(Probe(one.temp_bytes, cost, seconds, work_of(one.jaxpr)))
         self._correction = self.correction(
             np.array([float(p.predicted) for p in self.probes]),
             np.array([float(p.compiled.temp_bytes) for p in self.probes]),
@@ -224,7 +221,7 @@ class CostModel:
         found: dict[int, Prediction] = {}
         for same in members.values():
             updates = {i: self._update_of(masks[i]) for i in same}
-            first = min(same, key=lambda i: _gradient_bytes(updates[i].joint))
+            first = min(same, key=lambda i: updates[i].joint.gradient_bytes)
             found[first] = self.predict(masks[first])
             for i in same:
                 if i != first:
@@ -240,7 +237,7 @@ class CostModel:
             depths: of each, how far down the backward pass has to go; the input is 0.
         """
         alone = self.predict_each(masks, depths)
-        jaxpr = inlined(self._update.primal.jaxpr)
+        jaxpr = inlined(self._update.traced.jaxpr)
         state = tree_bytes(self._update.params) + tree_bytes(self._update.batch)
         base = {
             "memory_bytes": float(state + predict_temp_bytes(jaxpr)),
@@ -255,7 +252,7 @@ class CostModel:
     def _beside(self, known: Prediction, its: Update, update: Update) -> Prediction:
         """The prediction of a mask whose backward pass goes as far down as that of another."""
         old, new = its.joint, update.joint
-        residuals = _residual_bytes(new) - _residual_bytes(old)
+        residuals = new.residual_bytes - old.residual_bytes
         optimizer = tree_bytes(update.example_state.opt_state) - known.optimizer_bytes
         seconds = known.seconds
         if self._rates is not None and seconds is not None:
@@ -269,36 +266,13 @@ class CostModel:
             temp_bytes=known.temp_bytes + residuals,
             residual_bytes=known.residual_bytes + residuals,
             optimizer_bytes=known.optimizer_bytes + optimizer,
-            gradient_bytes=_gradient_bytes(new),
+            gradient_bytes=new.gradient_bytes,
             flops=known.flops + flops,
             seconds=seconds,
         )
 
-    def _best(self, update: Update) -> tuple[Jaxpr, int]:
-        """The variant that `compile` would choose, and the bytes of its intermediate arrays."""
-        jaxprs = [self._jaxpr(update, name == "kept") for name in variants(self._options.residuals)]
-        found = [(jaxpr, best_order(jaxpr)[1]) for jaxpr in jaxprs]
-        return min(found, key=lambda pair: pair[1])
-
-    def _jaxpr(self, update: Update, kept: bool) -> Jaxpr:
-        """The whole step, as it would be handed to XLA."""
-        step = Program(kept, self._options.updates == "early", None).function(update)
-        jaxpr = jax.make_jaxpr(step)(update.example_state, *update.arrays_of(update.batch))
-        if self._rewriter is not None:
-            jaxpr = self._rewriter.rewritten(jaxpr)
-        return inlined(jaxpr)
-
-
-def _residual_bytes(joint: Joint) -> int:
-    """What the backward pass keeps from the forward pass, parameters aside."""
-    passes, n_params = joint.passes, len(joint.primal.params.arrays)
-    kept = passes.forward.out_avals[joint.n_forward_out :]
-    held = [joint.inputs[i] for i in passes.kept_inputs if i >= n_params]
-    return tree_bytes([*kept, *held])
-
-
-def _gradient_bytes(joint: Joint) -> int:
-    return tree_bytes(joint.jaxpr.out_avals[joint.n_forward_out :])
+    def _forecast(self, update: Update) -> Forecast:
+        return forecast(update, self._options, self._rewriter)
 
 
 def _timed(steps: Sequence[Step], repeats: int) -> list[float]:
@@ -308,7 +282,8 @@ def _timed(steps: Sequence[Step], repeats: int) -> list[float]:
         for step, found in zip(steps, times, strict=True):
             update = step._update
             batch = made_up(update.batch)
-            state = jax.block_until_ready(step.init(made_up(update.params), donate=True))
+            state, _ = step(step.init(made_up(update.params), donate=True), *batch)
+            jax.block_until_ready(state)  # the caches have this step's arrays now
             begun = time.perf_counter()
             jax.block_until_ready(step(state, *batch))
             if i:

@@ -42,6 +42,7 @@ class Options:
     rewrites: Rewrites = "measured"
     updates: Updates = "early"
     frozen_dtype: Any = None
+    front_pieces: int = 2
 
     def __post_init__(self) -> None:
         """Raises ValueError for what makes no sense."""
@@ -54,6 +55,8 @@ class Options:
             raise ValueError(
                 f"frozen_dtype must be a floating point dtype, got {self.frozen_dtype!r}"
             )
+        if not isinstance(self.front_pieces, int) or self.front_pieces < 1:
+            raise ValueError(f"front_pieces must be a positive integer, got {self.front_pieces!r}")
         if self.merge_aux is not None and not self.has_aux:
             raise ValueError("merge_aux needs auxiliary outputs: a function with has_aux=True")
 

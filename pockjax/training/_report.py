@@ -80,6 +80,7 @@ class Report:
         library: what computes matrix products.
         depth_first: whether operations are run in an order that takes less memory than XLA's usual
             one, see `pockjax.costs.best_order`.
+        front_pieces: in how many parts of the batch the frozen front is computed.
         measured: time and page faults, once `Step.measure` was called.
         expected: what a cost model predicted, if it compiled the step (see `CostModel.compile`).
     """
@@ -96,6 +97,7 @@ class Report:
     rewrites: tuple[Choice, ...] = ()
     library: str | None = None
     depth_first: bool = False
+    front_pieces: int = 1
     measured: Measurement | None = None
     expected: Prediction | None = None
 
@@ -139,6 +141,7 @@ class Report:
             "fallbacks": [{**asdict(f), "message": str(f)} for f in self.fallbacks],
             "library": self.library,
             "depth_first": self.depth_first,
+            "front_pieces": self.front_pieces,
             "rewrites": [asdict(choice) for choice in self.rewrites],
             "measured": None if self.measured is None else asdict(self.measured),
             "expected": None if self.expected is None else self.expected.as_dict(),
@@ -210,7 +213,8 @@ class Report:
         notes = [
             f"Compiled: {total} = arguments {arguments} + results {results} - in place {alias} + "
             f"temporary {temporary}; residuals: {self.residuals}"
-            f"{', run depth first' * self.depth_first}.",
+            f"{', run depth first' * self.depth_first}"
+            f"{f'; frozen front in {self.front_pieces} pieces' * (self.front_pieces > 1)}.",
             f"Predicted: {_quantity(self.predicted_total_bytes, 'B')}, of which temporary "
             f"{_quantity(temp, 'B')}{_milliseconds(expected)}.",
             f"Of {len(self.rows)} parameter arrays, {backward} have no backward pass and for "
@@ -270,7 +274,7 @@ def make_report(
     rewritten = traced if program.rewriter is None else program.rewriter.rewritten(traced)
     return Report(
         predicted=_estimate(update, update.joint, mask),
-        full=_estimate(update, differentiate(update.primal, True), True),
+        full=_estimate(update, differentiate(update.traced, True), True),
         compiled=costs[chosen],
         flops=count_flops(traced),
         temp_bytes=predict_temp_bytes(inlined(rewritten), bool(program.depth_first)),
@@ -281,18 +285,16 @@ def make_report(
         rewrites=rewrites,
         library=program.library,
         depth_first=bool(program.depth_first),
+        front_pieces=update.pieces,
     )
 
 
 def _estimate(update: Update, joint: Joint, mask: Any) -> Estimate:
-    kept = joint.passes.forward.out_avals[joint.n_forward_out :]
-    n_params = len(joint.primal.params.arrays)
-    held = [joint.inputs[i] for i in joint.passes.kept_inputs if i >= n_params]
     params = joint.primal.params
     packed = jax.eval_shape(lambda arrays: pack(params.tree(arrays), mask), params.arrays)
     return Estimate(
         flops=update.accumulate * count_flops(joint.jaxpr),
-        residual_bytes=tree_bytes([*kept, *held]),
+        residual_bytes=joint.residual_bytes,
         optimizer_bytes=tree_bytes(jax.eval_shape(update.tx.init, packed)),
         gradient_bytes=tree_bytes(packed),
         trained=sum(x.size for x in jax.tree.leaves(packed)),
@@ -301,7 +303,7 @@ def _estimate(update: Update, joint: Joint, mask: Any) -> Estimate:
 
 def _rows(update: Update, mask: Any) -> tuple[ParameterRow, ...]:
     description = {row.path: row for row in describe(update.params, mask)}
-    primal = update.primal
+    primal = update.traced
     named = [
         path
         for (path, _), yes in zip(

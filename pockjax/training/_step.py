@@ -16,6 +16,7 @@ from pockjax.costs import CompiledCost, Prediction
 from pockjax.masks import MaskError, Scheme, pack, resolve
 from pockjax.prefix import Front
 from pockjax.rewrites import BACKENDS, Choice, Rewriter
+from pockjax.training._forecast import least_memory
 from pockjax.training._measure import Measurement, measured
 from pockjax.training._program import (
     Options,
@@ -49,6 +50,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     updates: Updates = "early",
     frozen_dtype: Any = None,
     remat: Plan | bool = False,
+    front_pieces: int = 2,
     prefix: bool = False,
 ) -> "Step":
     """Compiles a training step that computes, stores and updates only what a mask names.
@@ -94,6 +96,11 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
             by `jax.checkpoint`): True finds the blocks that leave the fewest bytes to keep; spans
             ``((start, stop), ...)`` of the equations of ``fun``, jits inlined, name them. See
             `Step.remat`.
+        front_pieces: in how many parts of the batch the frozen front may be computed, one after the
+            other, on a CPU. Its activations take that fraction of memory, and its time grows a
+            little with each part: with two by some percent, with more further. More are taken only
+            if the step is predicted to need clearly less memory, the front treats examples one by
+            one, and the parts are equal; never with ``remat``.
         prefix: whether to leave out the frozen front of ``fun``, whose output for an example never
             changes (see `pockjax.split`). The step then takes features instead of a batch, which
             ``step.prefix(params, *batch)`` computes, and which `pockjax.fit` keeps by itself.
@@ -106,9 +113,9 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         TypeError: if ``fun`` does not return one real scalar, if ``tx`` asks for what a step does
             not have, or if ``tx`` or ``merge_aux`` change shapes or dtypes of what they return.
         ValueError: if ``accumulate`` does not divide the batch, for ``merge_aux`` without aux, if
-            ``remat`` does not fit ``fun`` or is asked for when XLA chooses the residuals, or for
-            ``prefix`` with ``accumulate``, ``key``, ``merge_aux`` or ``frozen_dtype``, or where
-            nothing is frozen before the first trained layer.
+            ``front_pieces`` is less than 1, if ``remat`` does not fit ``fun`` or is asked for when
+            XLA chooses the residuals, or for ``prefix`` with ``accumulate``, ``key``, ``merge_aux``
+            or ``frozen_dtype``, or where nothing is frozen before the first trained layer.
 
     >>> import pockjax as pj
     >>> params = {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}
@@ -121,8 +128,9 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     16.0
     """
     options = Options(
-        has_aux, accumulate, key, merge_aux, residuals, rewrites, updates, frozen_dtype
-    )
+        has_aux, accumulate, key, merge_aux, residuals, rewrites, updates, frozen_dtype,
+        front_pieces,
+    )  # fmt: skip
     front = None
     if prefix:
         front, fun, batch = behind_the_front(fun, mask, params, batch, options)
@@ -130,6 +138,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     rewriter = Rewriter(measure=rewrites == "measured")
     if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
         rewriter = None
+    update = least_memory(update, options, rewriter)
     programs = {
         name: Program(name == "kept", updates == "early", rewriter) for name in variants(residuals)
     }

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from pockjax._compat import eval_jaxpr
+from pockjax._compat import Jaxpr, eval_jaxpr
 from pockjax.autodiff import (
     Arrays,
     IndexedMask,
@@ -23,6 +23,7 @@ from pockjax.autodiff import (
     trace,
 )
 from pockjax.masks import apply_updates, pack, resolve
+from pockjax.prefix import in_pieces
 from pockjax.training._placement import home_of, shardings_of
 from pockjax.training._precision import lowered
 from pockjax.training._schedule import Schedule
@@ -49,6 +50,7 @@ class Update:
         frozen_dtype: what operands of frozen products are rounded to, or None.
         remat: which equations of the loss the backward pass computes again; True for the blocks
             that keep the fewest bytes.
+        pieces: in how many parts of the batch the frozen front is computed.
     """
 
     fun: Callable[..., Any]
@@ -62,9 +64,10 @@ class Update:
     merge_aux: Callable[[PyTree, PyTree], PyTree] | None
     frozen_dtype: Any = None
     remat: Plan | bool = ()
+    pieces: int = 1
 
     @cached_property
-    def primal(self) -> Primal:
+    def traced(self) -> Primal:
         """The loss of one microbatch; the only time that ``fun`` is called."""
         args = list(jax.tree.map(self._micro_shape, self.batch))
         if self.key is not None:
@@ -72,11 +75,43 @@ class Update:
         primal = trace(self.fun, self.params, args, has_aux=self.has_aux, scalar=True)
         if self.frozen_dtype is None:
             return primal
-        entries, _, _ = resolve(self.params, self.mask.tree(self.mask.indices))
-        pairs = zip(entries, primal.params.is_array, strict=True)
-        trained = [entry is not False for entry, is_array in pairs if is_array]
+        trained = self._trained(primal)
         others = [False] * (len(primal.jaxpr.invars) - len(trained))
         return replace(primal, jaxpr=lowered(primal.jaxpr, [*trained, *others], self.frozen_dtype))
+
+    @cached_property
+    def primal(self) -> Primal:
+        """The loss of one microbatch, its frozen front in pieces.
+
+        Raises:
+            MixedExamples: if the front cannot be computed in so many pieces.
+        """
+        return self.traced if self.pieces == 1 else self._pieced[0]
+
+    @cached_property
+    def front(self) -> Jaxpr:
+        """The frozen front, computed for the whole microbatch.
+
+        Raises:
+            MixedExamples: if it cannot be computed in pieces.
+        """
+        return self._pieced[1]
+
+    @cached_property
+    def _pieced(self) -> tuple[Primal, Jaxpr]:
+        return in_pieces(self.traced, self._trained(self.traced), self.pieces)
+
+    def in_pieces(self, pieces: int) -> "Update":
+        """The same update, its frozen front computed for a part of the batch at a time."""
+        update = replace(self, pieces=pieces)
+        update.__dict__["traced"] = self.traced
+        return update
+
+    def _trained(self, primal: Primal) -> list[bool]:
+        """Of each array of the parameters, whether anything of it is trained."""
+        entries, _, _ = resolve(self.params, self.mask.tree(self.mask.indices))
+        pairs = zip(entries, primal.params.is_array, strict=True)
+        return [entry is not False for entry, is_array in pairs if is_array]
 
     @cached_property
     def joint(self) -> Joint:
