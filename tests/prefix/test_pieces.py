@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import pockjax as pj
+from pockjax._compat import eval_jaxpr
 from pockjax.autodiff import trace
 from pockjax.prefix import MixedExamples, in_pieces
 
@@ -87,7 +88,7 @@ def problem(front: Callable[[jax.Array], jax.Array]) -> tuple[Any, jax.Array, An
 
 
 def values(primal: Any, *arrays: Any) -> list[Any]:
-    return jax.core.eval_jaxpr(primal.jaxpr, primal.jaxpr.consts, *arrays)
+    return eval_jaxpr(primal.jaxpr, primal.jaxpr.consts, *arrays)
 
 
 @pytest.mark.parametrize("pieces", [2, 4])
