@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pockjax._digest import Digest
 from pockjax._files import replacing
 from pockjax.prefix._split import Features, Front, Plan
 from pockjax.rewrites import rewrite
@@ -163,18 +164,17 @@ class FeatureCache:
 
     def _fingerprint(self, plan: Plan) -> str:
         """Of the front's program and of the weights that it reads."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"{plan.prefix} {self._dtype}".encode())
+        digest = Digest().text(f"{plan.prefix} {self._dtype}")
         weights = plan.primal.params.arrays_of(self._params)
         for x in [*plan.prefix.consts, *(weights[i] for i in plan.frozen)]:
-            _add(digest, np.asarray(x))
-        return digest.hexdigest()
+            digest.array(x)
+        return digest.hex
 
     def _key(self, front: str, row: list[np.ndarray]) -> bytes:
-        digest = hashlib.blake2b(front.encode(), digest_size=16)
+        digest = Digest().text(front)
         for x in row:
-            _add(digest, x)
-        return digest.digest()
+            digest.array(x)
+        return digest.bytes
 
     def _look_up(self, front: str, key: bytes, shapes: Any) -> Rows | None:
         if key in self._rows:
@@ -254,11 +254,6 @@ def _batch_size(arrays: list[Any]) -> int:
         )
     [size] = sizes
     return size  # type: ignore[return-value]
-
-
-def _add(digest: Any, x: np.ndarray) -> None:
-    digest.update(f"{x.dtype}{x.shape}".encode())
-    digest.update(np.ascontiguousarray(x).tobytes())
 
 
 def _checksum(content: bytes) -> bytes:

@@ -1,8 +1,6 @@
 """What the worth of units is asked about: a function, its parameters and data."""
 
-import hashlib
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from pockjax._digest import Digest
 from pockjax._paths import flatten_with_paths
 from pockjax.autodiff import Arrays, inlined, is_array, trace
 from pockjax.masks import Part, pack
@@ -84,22 +83,23 @@ class Problem:
 
         The same for the same program on any machine: what it is compiled to may still differ.
         """
-        digest = hashlib.blake2b(digest_size=16)
+        digest = Digest()
         settings = (self.units, self.steps, self.seeds, self.beside, self.vectorized, *more)
-        _add_text(digest, f"{_VERSION} {jax.__version__} {jax.default_backend()}")
-        _add_text(digest, repr(settings))
+        digest.text(f"{_VERSION} {jax.__version__} {jax.default_backend()}").text(repr(settings))
+        arrays: list[Any] = []
         for fun, batches in ((self.fun, self.batches), (self.evaluate, self.held_out)):
             if fun is not None:
                 jaxpr = inlined(trace(fun, self.params, batches[0], scalar=False).jaxpr)
-                _add_text(digest, str(jaxpr))
-                _add_arrays(digest, jaxpr.consts)
+                digest.text(str(jaxpr))
+                arrays += jaxpr.consts
         packed = pack(self.params, True)
         state = jax.eval_shape(self.tx.init, packed)
         update = jax.make_jaxpr(self.tx.update)(packed, state, packed)
-        _add_text(digest, f"{update} {state}")
-        _add_arrays(digest, update.consts)
-        _add_arrays(digest, [self.params, self.batches, self.held_out])
-        return digest.hexdigest()
+        digest.text(f"{update} {state}")
+        arrays += [*update.consts, *Arrays.of((self.params, self.batches, self.held_out)).arrays]
+        for x in arrays:
+            digest.array(x)
+        return digest.hex
 
 
 def as_batches(data: Iterable[Any]) -> tuple[Batch, ...]:
@@ -155,16 +155,3 @@ def _shapes(batch: Batch) -> Any:
 def _wide(x: Any) -> np.ndarray:
     x = np.asarray(x)
     return x if x.dtype == np.float64 else x.astype(np.float32)
-
-
-def _add_text(digest: Any, text: str) -> None:
-    # Where a function or an object happens to be in memory means nothing.
-    digest.update(re.sub(r"0x[0-9a-f]+", "", text).encode() + b"\0")
-
-
-def _add_arrays(digest: Any, trees: Sequence[Any]) -> None:
-    for tree in trees:
-        for x in Arrays.of(tree).arrays:
-            x = np.ascontiguousarray(np.asarray(x))
-            digest.update(f"{x.dtype}{x.shape}".encode())
-            digest.update(x.view(np.uint8).data if x.ndim and x.size else x.tobytes())

@@ -1,6 +1,5 @@
 """The training loop: batches in, a trained state out; can be interrupted and taken up again."""
 
-import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pockjax._digest import Digest
 from pockjax._progress import Progress
 from pockjax.autodiff import Arrays
 from pockjax.prefix import FeatureCache
@@ -166,12 +166,10 @@ def _first_of(batches: Any) -> dict[str, str]:
     """What tells data that can be gone over again from others; a loader tells it by itself."""
     if hasattr(batches, "state_dict") or isinstance(batches, Iterator):
         return {}
-    digest = hashlib.blake2b(digest_size=16)
+    digest = Digest()
     for x in jax.tree.leaves(next(iter(batches), ())):
-        array = np.asarray(x)
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return {"first batch": digest.hexdigest()}
+        digest.array(x)
+    return {"first batch": digest.hex}
 
 
 def _position(batches: Any) -> Mapping[str, Any]:

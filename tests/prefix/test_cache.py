@@ -68,6 +68,21 @@ def test_a_later_run_goes_on(tmp_path):
     assert (cache.hits, cache.misses) == (8, 4)
 
 
+def test_functions_in_the_front_are_known_by_what_they_do(tmp_path):
+    """The program of a custom gradient names functions by where they are in memory."""
+    for run in range(2):
+        activation = jax.custom_vjp(lambda x: jnp.maximum(x, 0))
+        activation.defvjp(lambda x: (jnp.maximum(x, 0), x > 0), lambda kept, ct: (ct * kept,))
+
+        def loss(params, x, y, activation=activation):
+            return jnp.mean((activation(x @ params["front"]) @ params["head"] - y) ** 2)
+
+        prefix, _ = pj.split(loss, MASK)
+        cache = pj.FeatureCache(prefix, PARAMS, folder=tmp_path)
+        cache(EXAMPLES[:4], LABELS[:4])
+        assert cache.hits == 4 * run
+
+
 def test_other_weights_are_another_front(tmp_path):
     cache, suffix = make(folder=tmp_path)
     check(cache, suffix, np.arange(4))
