@@ -114,10 +114,19 @@ def _square(fun: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda params, x: jnp.mean(fun(params, x) ** 2)
 
 
-def random_mask(params: Any, seed: int) -> Any:
+def from_the_input(problem: Case) -> list[tuple[str, Any]]:
+    """The parameters in the order in which the function reads them, with their paths."""
+    depths: dict[str, int] = {}
+    for unit in pj.units(problem.loss, problem.params, *problem.batch):
+        for path, _ in unit.entries:  # biases of several layers are as deep as the deepest
+            depths[path] = max(depths.get(path, 0), unit.depth)
+    named, _ = flatten_with_paths(problem.params)
+    return sorted(named, key=lambda pair: depths.get(pair[0], 0))
+
+
+def random_mask(params: Any, named: Sequence[tuple[str, Any]], seed: int) -> Any:
     """A mask of random depth: biases, whole leaves, shares of channels, or all mixed."""
     generator = np.random.default_rng(seed)
-    named, _ = flatten_with_paths(params)
     kind = generator.choice(["biases", "leaves", "channels", "mixed"])
     lowest = int(generator.integers(len(named)))
     share = generator.choice([0.1, 0.3, 0.6, 1.0])
@@ -141,10 +150,11 @@ def measure(name: str, config: Config, rows: list[dict[str, Any]]) -> None:
     problem, tx, begun = case(name), optax.adam(1e-3), time.monotonic()
     model = CostModel(problem.loss, tx, problem.params, *problem.batch, rewrites="guessed")
     done = {row["seed"] for row in rows if row["model"] == name}
+    named = from_the_input(problem)
     for seed in range(config.masks + PROBES):
         if seed in done or time.monotonic() - begun > config.seconds:
             continue
-        mask = random_mask(problem.params, seed)
+        mask = random_mask(problem.params, named, seed)
         start = time.monotonic()
         predicted = model.predict(mask)
         took = time.monotonic() - start
@@ -162,20 +172,25 @@ def measure(name: str, config: Config, rows: list[dict[str, Any]]) -> None:
         error = predicted.memory_bytes / cost.total_bytes - 1
         print(f"{name} {seed}: total {cost.total_bytes / 1e6:.1f} MB, off by {error:+.1%}")
     if config.timed:
-        measure_seconds(name, config, model, problem, rows)
+        measure_seconds(name, config, model, problem, named, rows)
 
 
 def measure_seconds(
-    name: str, config: Config, model: CostModel, problem: Case, rows: list[dict[str, Any]]
+    name: str,
+    config: Config,
+    model: CostModel,
+    problem: Case,
+    named: Sequence[tuple[str, Any]],
+    rows: list[dict[str, Any]],
 ) -> None:
     """Calibrates on the probes, then times other masks beside what is predicted for them."""
-    probes = [random_mask(problem.params, seed) for seed in range(PROBES)]
+    probes = [random_mask(problem.params, named, seed) for seed in range(PROBES)]
     model.calibrate(probes, config.repeats)
     other = CostModel(
         problem.loss, optax.adam(1e-3), problem.params, *problem.batch, rewrites="guessed"
     )
     seeds = range(PROBES, PROBES + config.timed)
-    masks = [random_mask(problem.params, seed) for seed in seeds]
+    masks = [random_mask(problem.params, named, seed) for seed in seeds]
     other.calibrate(masks, config.repeats)
     by_seed = {row["seed"]: row for row in rows if row["model"] == name}
     for seed, mask, probe in zip(seeds, masks, other.probes, strict=True):
