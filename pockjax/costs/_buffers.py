@@ -76,6 +76,7 @@ class Op:
         makes: its results.
         inner_bytes: of arrays that live while it runs.
         reduced: the reduction that takes it in, if one does.
+        clamps: whether there are bounds from both sides between it and that reduction.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Op:
     makes: list[Value]
     inner_bytes: int = 0
     reduced: "Op | None" = None
+    clamps: bool = False
 
     @property
     def is_elementwise(self) -> bool:
@@ -110,6 +112,7 @@ class Program:
         """
         self.ops: list[Op] = []
         self._depth = depth
+        self._numbers: dict[Var, Any] = {}
         self._known: dict[Op, tuple[Value, ...]] = {}
         self._spreads: dict[tuple[Any, ...], Value] = {}
         self.arguments = [self._argument(v) for v in jaxpr.invars]
@@ -122,6 +125,8 @@ class Program:
                 op.reads[0].held = op.reads[0].held or op.makes[0].held
         self._add("result", "result", results, [])
         self._decide()
+        for op in self.ops:  # one after the other, for chains longer than Python's stack
+            self._sources_of(op)
 
     def _argument(self, var: Var) -> Value:
         return Value(size_in_bytes(var.aval), shape_of(var), held=True, written=True)
@@ -147,6 +152,11 @@ class Program:
                 env[eqn.outvars[0]] = ins[0]
                 continue
             if name in _INLINED and (inner := subjaxprs(eqn)):
+                self._numbers.update(
+                    (v, self._number(atom))
+                    for v, atom, value in zip(inner[0].invars, eqn.invars, ins, strict=True)
+                    if value is None
+                )
                 env.update(zip(eqn.outvars, self._follow(inner[0], ins), strict=True))
                 continue
             outs = [Value(size_in_bytes(v.aval), shape_of(v)) for v in eqn.outvars]
@@ -221,12 +231,16 @@ class Program:
         """An array, or a number, along the axes where it is repeated."""
         itemsize = dtype_of(atom).itemsize
         if value is None:
-            return self._constant(np.asarray(atom.val).item(), shape, itemsize)
+            return self._constant(self._number(atom), shape, itemsize)
         own = tuple(a for a, n in zip(axes, shape_of(atom), strict=True) if n != 1)
         key = (value, shape, itemsize, own)
         if key not in self._spreads:
             self._spreads[key] = self._loop("broadcast_in_dim", [value], shape, itemsize)
         return self._spreads[key]
+
+    def _number(self, atom: Any) -> Any:
+        """The number that a literal is, or that was handed to a nested call."""
+        return np.asarray(atom.val).item() if isinstance(atom, Literal) else self._numbers[atom]
 
     def _constant(self, number: Any, shape: tuple[int, ...], itemsize: int) -> Value:
         """An array of one number."""
@@ -257,7 +271,11 @@ class Program:
         for op in reversed(self.ops):
             by = {u if u.kind == "reduce" else u.reduced for v in op.makes for u in v.users}
             # A reduction takes in what nobody else reads.
-            if op.kind == "loop" or op.name in ("dot_general", "conv_general_dilated"):
+            users = [u for v in op.makes for u in v.users]
+            if op.kind == "loop":
+                op.reduced = by.pop() if len(by) == 1 else None
+                op.clamps = _is_clamp(op) or any(u.clamps for u in users)
+            elif op.name == "dot_general" and not any(u.clamps for u in users):
                 op.reduced = by.pop() if len(by) == 1 else None
             for value in op.makes:
                 value.written = op.reduced is None and (op.kind != "loop" or _is_written(op, value))
@@ -278,6 +296,14 @@ class Program:
         if op not in self._known:
             self._known[op] = tuple(self.sources(op))
         return self._known[op]
+
+
+def _is_clamp(op: Op) -> bool:
+    """Whether it bounds from both sides, as `jnp.clip` and relu6 do; YNNPACK has no such thing."""
+    if op.name == "clamp":
+        return True
+    other = {"min": "max", "max": "min"}.get(op.name)
+    return any(v.op is not None and v.op.name == other for v in op.reads)
 
 
 def _fused(value: Value, reader: Op) -> bool:

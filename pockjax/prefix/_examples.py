@@ -28,6 +28,10 @@ class MixedExamples(ValueError):
     """An operation whose result for one example may depend on the others."""
 
 
+class UnequalPieces(MixedExamples):
+    """A batch that cannot be cut into so many equal pieces."""
+
+
 def axes_of(jaxpr: Jaxpr, batch: Sequence[Var], size: int) -> Axes:
     """The axis of examples of every array that has one.
 
@@ -117,7 +121,7 @@ def _axis_after(eqn: JaxprEqn, axes: Axes, size: int) -> int | None:
             return None
         rows = [i for i in range(len(shape_of(eqn.outvars[0]))) if i not in offsets]
         return rows[known[1]] if known[1] < len(rows) else None
-    if first is None or len(given) != 1 or any(axis is not None for axis in known[1:]):
+    if first is None or any(shape_of(other) for other in eqn.invars[1:]):
         return None
     return _after_view(eqn, first, size)
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, bind, eqn_context, shape_of, subjaxprs
 from pockjax.autodiff import Primal, consts_as_inputs, inlined, spliced
-from pockjax.prefix._examples import Axes, MixedExamples, axes_of, for_a_piece
+from pockjax.prefix._examples import Axes, MixedExamples, UnequalPieces, axes_of, for_a_piece
 from pockjax.prefix._split import cut
 
 _CALLS = frozenset("jit remat2 checkpoint custom_jvp_call custom_vjp_call closed_call".split())
@@ -34,8 +34,8 @@ def in_pieces(primal: Primal, trained: Sequence[bool], pieces: int) -> tuple[Pri
         The function, and its front by itself, computed for all at once.
 
     Raises:
-        MixedExamples: if the front does not treat examples one by one, or there is none, or the
-            batch cannot be cut into so many pieces.
+        UnequalPieces: if the batch cannot be cut into so many pieces.
+        MixedExamples: if the front does not treat examples one by one, or there is none.
     """
     whole = inlined(primal.jaxpr)
     n = len(trained)
@@ -47,8 +47,8 @@ def in_pieces(primal: Primal, trained: Sequence[bool], pieces: int) -> tuple[Pri
     read = {a for eqn in front.eqns for a in eqn.invars if isinstance(a, Var)}
     batch = [v for v in front.invars[n:] if v in read and shape_of(v)]
     sizes = {shape_of(v)[0] for v in batch}
-    if len(sizes) != 1 or max(sizes) % pieces:
-        raise MixedExamples(
+    if len(sizes) != 1 or not max(sizes) or max(sizes) % pieces:
+        raise UnequalPieces(
             f"the frozen front reads arrays of {sorted(sizes)} examples, which cannot be cut into "
             f"{pieces} equal pieces"
         )

@@ -1,5 +1,6 @@
 """What a step will need, before it is compiled; and the form of it that needs the least memory."""
 
+import logging
 from dataclasses import dataclass
 
 import jax
@@ -7,11 +8,12 @@ import jax
 from pockjax._compat import Jaxpr
 from pockjax.autodiff import inlined
 from pockjax.costs import best_order
-from pockjax.prefix import MixedExamples
+from pockjax.prefix import MixedExamples, UnequalPieces
 from pockjax.rewrites import Rewriter
 from pockjax.training._program import Options, Program, variants
 from pockjax.training._update import Update
 
+_log = logging.getLogger("pockjax")
 _WORTH_MORE_PIECES = 0.9  # of the temporary bytes with fewer
 
 
@@ -32,26 +34,34 @@ class Forecast:
 
 def forecast(update: Update, options: Options, rewriter: Rewriter | None) -> Forecast:
     """What `compile` would make of an update."""
-    best = _forecast(update, options, rewriter)
-    if not _may_be_divided(update, options, rewriter):
-        return best
-    for pieces in range(2, options.front_pieces + 1):
-        try:
-            found = _forecast(update.in_pieces(pieces), options, rewriter)
-        except MixedExamples:
-            continue  # another number may divide the batch
-        if found.temp_bytes > _WORTH_MORE_PIECES * best.temp_bytes:
-            break
-        best = found
-    return best
+    whole = _forecast(update, options, rewriter)
+    return (
+        _divided(whole, options, rewriter) if _may_be_divided(update, options, rewriter) else whole
+    )
 
 
 def least_memory(update: Update, options: Options, rewriter: Rewriter | None) -> Update:
     """The update with its frozen front in as many pieces as are worth it."""
     own = None if rewriter is None else Rewriter(measure=rewriter.measure)  # notes its own choices
-    if not _may_be_divided(update, options, own):
-        return update
-    return forecast(update, options, own).update
+    try:
+        if _may_be_divided(update, options, own):
+            return _divided(_forecast(update, options, own), options, own).update
+    except Exception as error:  # a step that cannot be predicted can be compiled all the same
+        _log.warning("the memory of the frozen front could not be predicted: %r", error)
+    return update
+
+
+def _divided(best: Forecast, options: Options, rewriter: Rewriter | None) -> Forecast:
+    """The same in as many pieces as are worth it."""
+    for pieces in range(2, options.front_pieces + 1):
+        try:
+            found = _forecast(best.update.in_pieces(pieces), options, rewriter)
+        except UnequalPieces:
+            continue
+        if found.temp_bytes > _WORTH_MORE_PIECES * best.temp_bytes:
+            break
+        best = found
+    return best
 
 
 def _may_be_divided(update: Update, options: Options, rewriter: Rewriter | None) -> bool:
@@ -64,8 +74,10 @@ def _may_be_divided(update: Update, options: Options, rewriter: Rewriter | None)
     for pieces in range(2, options.front_pieces + 1):
         try:
             front = update.in_pieces(pieces).front
-        except MixedExamples:
+        except UnequalPieces:
             continue
+        except MixedExamples:
+            break
         backward = update.joint.residual_bytes + update.joint.gradient_bytes
         return best_order(_rewritten(front, rewriter))[1] > backward
     return False

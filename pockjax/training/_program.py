@@ -1,5 +1,6 @@
 """How an update becomes an executable: variants, compiler options, the library for products."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pockjax._compat import Jaxpr
 from pockjax.autodiff import IndexedMask, Plan, inlined, is_array
 from pockjax.costs import best_order, count_flops
 from pockjax.masks import resolve
@@ -20,6 +22,7 @@ from pockjax.training._trees import check_batch, made_up, shapes_of
 from pockjax.training._update import Update
 
 PyTree = Any
+_log = logging.getLogger("pockjax")
 Residuals = Literal["auto", "kept", "xla"]
 Rewrites = Literal["measured", "guessed", "none"]
 Updates = Literal["early", "late"]
@@ -163,7 +166,7 @@ class Program:
         traced = step.trace(jax.tree.leaves(update.example_state), *batch)
         depth_first = self.depth_first
         if depth_first is None:
-            depth_first = jax.default_backend() == "cpu" and best_order(inlined(traced.jaxpr))[0]
+            depth_first = jax.default_backend() == "cpu" and _is_better_depth_first(traced.jaxpr)
         lowered = traced.lower()
         options = _MEMORY_ORDER if depth_first else {}
         if self.library is not None or not self._is_timed(update):
@@ -183,6 +186,14 @@ class Program:
         return count_flops(update.joint.jaxpr) in _WORTH_TIMING and all(
             isinstance(a.dtype, np.dtype) for a in arrays if is_array(a)
         )
+
+
+def _is_better_depth_first(jaxpr: Jaxpr) -> bool:
+    try:
+        return best_order(inlined(jaxpr))[0]
+    except Exception as error:  # a step that cannot be predicted can be compiled all the same
+        _log.warning("the memory of a step could not be predicted: %r", error)
+        return False
 
 
 def _runs(executable: Any, update: Update, batch: Any) -> Callable[[], Any]:

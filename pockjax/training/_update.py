@@ -103,9 +103,15 @@ class Update:
 
     def in_pieces(self, pieces: int) -> "Update":
         """The same update, its frozen front computed for a part of the batch at a time."""
-        update = replace(self, pieces=pieces)
-        update.__dict__["traced"] = self.traced
-        return update
+        if pieces not in self._divided:
+            update = replace(self, pieces=pieces)
+            update.__dict__["traced"] = self.traced
+            self._divided[pieces] = update
+        return self._divided[pieces]
+
+    @cached_property
+    def _divided(self) -> dict[int, "Update"]:
+        return {}
 
     def _trained(self, primal: Primal) -> list[bool]:
         """Of each array of the parameters, whether anything of it is trained."""
