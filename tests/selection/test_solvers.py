@@ -127,3 +127,19 @@ def test_solvers_are_known_by_name():
         SOLVERS["mlip"]
     with pytest.raises(ValueError, match="registered already"):
         SOLVERS.register("milp")(SOLVERS["milp"])
+
+
+def test_many_tiny_units_beside_one_at_the_limit_end():
+    """Every set of them is within the solver's tolerance, and none is within the limit."""
+    n = 24
+    own = np.array([1.0, *[1e-10] * n])
+    problem = Problem(
+        values=np.array([1.0, *[1e-3] * n]),
+        groups=tuple((u,) for u in range(n + 1)),
+        levels=np.zeros(n + 1, int),
+        costs=(Cost("memory", 0.0, own, np.zeros(1), 1.0),),
+    )
+    solution = SOLVERS["milp"](problem)
+    assert problem.is_feasible(solution.chosen)
+    assert solution.objective == pytest.approx(1.0)
+    assert solution.gap is not None and solution.gap < 0.03
