@@ -237,7 +237,8 @@ def test_layers_of_a_stack_with_parts_of_their_channels():
 
 def test_the_smallest_budget_that_is_named_can_be_kept():
     """Amounts in the message are rounded up."""
-    for quantity in ("memory", "extra_memory", "flops", "optimizer"):
+    # Training the last bias takes no more memory than inference, which no budget is too small for.
+    for quantity in ("memory", "flops", "optimizer"):
         with pytest.raises(BudgetError) as caught:
             _search("mlp").find(pj.Budget(**{quantity: "2B" if quantity != "flops" else "2FLOP"}))
         named = str(caught.value).split("can be kept is ")[1].split(" (asked")[0]
