@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax import lax
 
 import pockjax as pj
-from pockjax.costs import CompiledCost, tree_bytes
+from pockjax.costs import CompiledCost, predict_temp_bytes, tree_bytes
 
 
 def test_tree_bytes() -> None:
@@ -61,3 +62,44 @@ def test_predicted_memory_is_near_the_compiled(mask: str, activation: Any) -> No
     report = pj.compile(loss, MASKS[mask], optax.sgd(0.1), layers(), x).report
     print(f"{mask}: {report.temp_bytes} predicted, {report.compiled.temp_bytes} compiled")
     assert 0.7 < report.temp_bytes / report.compiled.temp_bytes < 1.3
+
+
+def test_numbers_handed_to_nested_calls() -> None:
+    """A literal may be an operand of a jit within a loop's body."""
+    params = {"w": jnp.ones((3, 8)), "b": jnp.zeros((3, 8))}
+
+    def loss(params, x):
+        def layer(x, p):
+            return 2.0 * jnp.tanh(x * p["w"] + p["b"]), None
+
+        return jnp.sum(lax.scan(layer, x, params)[0] ** 2)
+
+    mask = {"w": pj.part[:, :4], "b": False}
+    step = pj.compile(loss, mask, optax.sgd(0.1), params, jnp.ones((4, 8)), residuals="xla")
+    assert step.report.temp_bytes > 0
+
+
+def test_chains_longer_than_the_stack() -> None:
+    def chain(x, w):
+        y = x
+        for _ in range(1200):
+            y = jnp.tanh(y * w) + x
+        return y
+
+    jaxpr = jax.make_jaxpr(chain)(jnp.ones(8), jnp.ones(8))
+    assert predict_temp_bytes(jaxpr) >= 0
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_product_is_written_before_bounds_from_both_sides(bounded: bool) -> None:
+    """As in relu6; with one bound, product and mean are computed in one go."""
+    x, w = jnp.ones((512, 64)), jnp.ones((64, 256))
+
+    def mean(x, w):
+        y = jnp.maximum(x @ w, 0.0)
+        return jnp.mean(jnp.minimum(y, 6.0) if bounded else y, axis=0)
+
+    compiled = CompiledCost.of(jax.jit(mean).lower(x, w).compile()).temp_bytes
+    assert predict_temp_bytes(jax.make_jaxpr(mean)(x, w)) == pytest.approx(
+        compiled, rel=0.1, abs=2048
+    )

@@ -213,3 +213,49 @@ def test_the_cost_model_predicts_a_step_in_pieces() -> None:
         assert costs.predict(mask).memory_bytes == pytest.approx(
             report.compiled.total_bytes, rel=0.1
         )
+
+
+FRONTS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "positions in order of size": lambda x: jnp.argsort(x, axis=1).astype(jnp.float32),
+    "several arrays sorted": lambda x: lax.sort(
+        (x, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape)), dimension=1, num_keys=1
+    )[1].astype(jnp.float32),
+}
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_fronts_without_a_rule_stay_whole(name: str) -> None:
+    x, params = (
+        jax.random.normal(jax.random.key(1), (16, 8, 16)),
+        {"w": jnp.ones((16, 64)), "s": 2.0},
+    )
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        places = FRONTS[name](jnp.tanh(x @ params["w"]).sum(-1))
+        return jnp.sum(jnp.sin(places * 0.1 * params["s"]))
+
+    step = pj.compile(loss, {"w": False, "s": True}, optax.sgd(0.1), params, x)
+    assert step.report.front_pieces == 1
+    _, metrics = step(step.init(params), x)
+    np.testing.assert_allclose(metrics.loss, loss(params, x), rtol=1e-5)
+
+
+def test_a_batch_of_no_examples() -> None:
+    params, mask, _ = wide()
+    batch = jnp.zeros((0, 16, 16, 4)), jnp.zeros((0, 2))
+    step = pj.compile(network, mask, optax.sgd(0.1), params, *batch)
+    assert step.report.front_pieces == 1
+
+
+def test_a_step_that_cannot_be_predicted_is_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("no such rule")
+
+    monkeypatch.setattr("pockjax.training._forecast.best_order", fail)
+    monkeypatch.setattr("pockjax.training._program.best_order", fail)
+    params, mask, batch = wide()
+    with caplog.at_level("WARNING", "pockjax"):
+        step = pj.compile(network, mask, optax.sgd(0.1), params, *batch)
+    assert step.report.front_pieces == 1 and "no such rule" in caplog.text
