@@ -1,6 +1,7 @@
 """Exact choice, by mixed-integer linear programming."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from pockjax.selection.solvers._registry import SOLVERS
 
 _UNITS = 1000  # that a limit is long: HiGHS keeps constraints to within a millionth of a unit
 _RULED_OUT = 8
-_LOWERED = 4e-9  # of a limit, each time
+_MARGINS = (1e-9, 1e-8, 1e-7, 1e-6)  # of a limit
 
 
 @SOLVERS.register("milp")
@@ -37,35 +38,29 @@ def solve(problem: Problem, *, seed: int = 0, nodes: int = 5000) -> Solution:
     problem.singles()
     forbidden = set(problem.forbidden)
     limits = np.array([cost.limit - cost.base for cost in problem.costs])
-    kept: list[Solution] = []  # choices that exceeded a limit, without what was too much
-    highest = -np.inf
-    while True:
-        try:
-            chosen, gap = _solved(problem, limits, forbidden, nodes)
-        except InfeasibleError:
-            if not kept:
-                raise
-            break
+    chosen, gap = _solved(problem, limits, forbidden, nodes)
+    for _ in range(_RULED_OUT):
         if problem.is_feasible(chosen):
-            kept.append(Solution.of(problem, chosen, gap))
-            break
+            return Solution.of(problem, chosen, gap)
         # HiGHS lets constraints be exceeded by a little. Such a choice is ruled out; but there may
-        # be as many of them as there are sets of tiny units, so after some the limits are lowered.
-        highest = max(highest, problem.value(chosen) * (1 + gap))
-        kept += _within(problem, chosen)
-        if len(forbidden) < len(problem.forbidden) + _RULED_OUT:
-            forbidden.add(frozenset(chosen))
-        else:
-            limits = limits - _LOWERED * np.abs(limits)
-    best = max(kept, key=lambda solution: solution.objective)
-    missed = max(highest - best.objective, 0.0) / max(abs(best.objective), 1e-300)
-    return replace(best, gap=max(kept[-1].gap or 0.0, missed) if np.isfinite(highest) else best.gap)
+        # be as many of them as there are sets of tiny units, of which these are the best.
+        forbidden.add(frozenset(chosen))
+        chosen, gap = _solved(problem, limits, forbidden, nodes)
+    highest, found = problem.value(chosen) * (1 + gap), _within(problem, chosen)
+    for margin in _MARGINS:
+        with suppress(InfeasibleError):
+            chosen, _ = _solved(problem, limits - margin * np.abs(limits), forbidden, nodes)
+            found += _within(problem, chosen)
+    if not found:
+        raise InfeasibleError("no choice was found that keeps the limits, though some nearly do")
+    best = max(found, key=lambda solution: solution.objective)
+    return replace(best, gap=max(highest / best.objective - 1, 0.0) if best.objective > 0 else None)
 
 
 def _within(problem: Problem, chosen: Sequence[int]) -> list[Solution]:
-    """A choice without its least valuable units, as many as it takes to keep the limits."""
+    """A choice, without its least valuable units if it takes that to keep the limits."""
     by_value = sorted(chosen, key=lambda u: float(problem.values[u]))
-    for first in range(1, len(by_value)):
+    for first in range(len(by_value)):
         if problem.is_feasible(by_value[first:]):
             return [Solution.of(problem, by_value[first:])]
     return []
@@ -77,7 +72,7 @@ def _solved(
     n, n_levels = len(problem.values), int(problem.levels.max()) + 1
     rows: list[tuple[dict[int, float], float, float]] = []  # coefficients, lower, upper
     for cost, limit in zip(problem.costs, limits, strict=True):
-        scale = max(limit, 1e-300) / _UNITS
+        scale = limit / _UNITS if limit > 0 else 1.0
         coefficients = {u: float(a) / scale for u, a in enumerate(cost.own) if a}
         coefficients |= {n + i: float(a) / scale for i, a in enumerate(cost.reach[:n_levels]) if a}
         rows.append((coefficients, -np.inf, limit / scale))
