@@ -3,6 +3,7 @@
 from pockjax.autodiff._cheap import ELEMENTWISE as ELEMENTWISE
 from pockjax.autodiff._exposed import Fallback as Fallback
 from pockjax.autodiff._indices import IndexedMask as IndexedMask
+from pockjax.autodiff._jaxprs import CALLS as CALLS
 from pockjax.autodiff._jaxprs import consts_as_inputs as consts_as_inputs
 from pockjax.autodiff._jaxprs import inlined as inlined
 from pockjax.autodiff._jaxprs import size_in_bytes as size_in_bytes

@@ -33,6 +33,10 @@ def evaluated(jaxpr: Jaxpr, consts: Sequence[Any], *args: Any) -> list[jax.Array
     return [x if isinstance(x, jax.Array) else jnp.asarray(x, dtype_of(v)) for x, v in outs]
 
 
+CALLS = frozenset("jit remat2 checkpoint custom_jvp_call custom_vjp_call closed_call".split())
+"""Operations that evaluate the first of their jaxprs, once."""
+
+
 def inlined(jaxpr: Jaxpr) -> Jaxpr:
     """``jaxpr`` with its nested jits written in place, so that all its operations can be seen.
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dtype_of, shape_of, subjaxprs
-from pockjax.autodiff import ELEMENTWISE, size_in_bytes
+from pockjax.autodiff import CALLS, ELEMENTWISE, size_in_bytes
 
 _VIEWS = frozenset(
     "reshape squeeze expand_dims copy copy_p stop_gradient name sharding_constraint pvary pcast "
@@ -40,7 +40,6 @@ _SPREAD = frozenset(["broadcast_in_dim", "iota"])
 # YNNPACK has no such functions: reductions of them are loops, which repeat numbers themselves.
 _CHOOSING = frozenset("and eq ge gt le lt ne not or select_n xor".split())
 _MOST_USERS = 3  # for which a function is computed anew
-_INLINED = frozenset("jit remat2 checkpoint custom_jvp_call custom_vjp_call closed_call".split())
 
 
 @dataclass(eq=False)
@@ -151,7 +150,7 @@ class Program:
             if _is_view(eqn, ins) or (name == "transpose" and eqn.outvars[0] in turned):
                 env[eqn.outvars[0]] = ins[0]
                 continue
-            if name in _INLINED and (inner := subjaxprs(eqn)):
+            if name in CALLS and (inner := subjaxprs(eqn)):
                 self._numbers.update(
                     (v, self._number(atom))
                     for v, atom, value in zip(inner[0].invars, eqn.invars, ins, strict=True)

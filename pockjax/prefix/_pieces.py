@@ -15,11 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, bind, eqn_context, shape_of, subjaxprs
-from pockjax.autodiff import Primal, consts_as_inputs, inlined, spliced
+from pockjax.autodiff import CALLS, Primal, consts_as_inputs, inlined, spliced
 from pockjax.prefix._examples import Axes, MixedExamples, UnequalPieces, axes_of, for_a_piece
-from pockjax.prefix._split import cut
-
-_CALLS = frozenset("jit remat2 checkpoint custom_jvp_call custom_vjp_call closed_call".split())
+from pockjax.prefix._split import cut, read_by
 
 
 def in_pieces(primal: Primal, trained: Sequence[bool], pieces: int) -> tuple[Primal, Jaxpr]:
@@ -44,7 +42,7 @@ def in_pieces(primal: Primal, trained: Sequence[bool], pieces: int) -> tuple[Pri
         raise MixedExamples("nothing is frozen before the first trained layer")
     avals = [v.aval for v in whole.invars]
     front = jax.make_jaxpr(lambda *inputs: _opened(front, inputs))(*avals)
-    read = {a for eqn in front.eqns for a in eqn.invars if isinstance(a, Var)}
+    read = read_by(front)
     batch = [v for v in front.invars[n:] if v in read and shape_of(v)]
     sizes = {shape_of(v)[0] for v in batch}
     if len(sizes) != 1 or not max(sizes) or max(sizes) % pieces:
@@ -74,7 +72,7 @@ def _opened(jaxpr: Jaxpr, inputs: Sequence[Any]) -> list[Any]:
     """Evaluates a jaxpr and what it calls; the rules for derivatives of what is frozen are lost."""
     env = _environment(jaxpr, inputs)
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _CALLS:
+        if eqn.primitive.name in CALLS:
             outs = _opened(subjaxprs(eqn)[0], _values(eqn.invars, env))
             env.update(zip(eqn.outvars, outs, strict=True))
         else:

@@ -214,14 +214,14 @@ def make_plan(fun: Callable[..., Any], mask: PyTree, params: PyTree, args: tuple
     pairs = zip(entries, primal.params.is_array, strict=True)
     trained = [entry is not False for entry, is_array in pairs if is_array]
     prefix, suffix = cut(inlined(primal.jaxpr), trained)
-    read = _read(suffix)
+    read = read_by(suffix)
     first = n_params + len(prefix.outvars)
     passed = tuple(i for i, v in enumerate(suffix.invars[first:]) if v in read)
     suffix = suffix.replace(
         invars=[*suffix.invars[:first], *(suffix.invars[first + i] for i in passed)],
         debug_info=suffix.debug_info,
     )
-    read = _read(prefix)
+    read = read_by(prefix)
     weights, batch = prefix.invars[:n_params], prefix.invars[n_params:]
     return Plan(
         primal,
@@ -288,7 +288,8 @@ def _is_unsteady(eqn: JaxprEqn) -> bool:
     return any(_is_unsteady(inner) for jaxpr in subjaxprs(eqn) for inner in jaxpr.eqns)
 
 
-def _read(jaxpr: Jaxpr) -> set[Var]:
+def read_by(jaxpr: Jaxpr) -> set[Var]:
+    """What the operations and the results of a jaxpr read."""
     atoms = [a for eqn in jaxpr.eqns for a in eqn.invars] + list(jaxpr.outvars)
     return {a for a in atoms if not isinstance(a, Literal)}
 

@@ -100,10 +100,7 @@ class CostModel:
     def _update_of(self, mask: PyTree, remat: Plan | bool = ()) -> Update:
         """The update of a mask; shares the trace of the loss."""
         resolve(self._update.params, mask)
-        update = replace(self._update, mask=IndexedMask.of(mask), remat=remat)
-        if update.frozen_dtype is None:  # otherwise the trace depends on what is frozen
-            update.__dict__["traced"] = self._update.traced
-        return update
+        return self._update.changed(mask=IndexedMask.of(mask), remat=remat)
 
     def predict(self, mask: PyTree, remat: Plan | bool = ()) -> Prediction:
         """What training a mask is expected to cost.

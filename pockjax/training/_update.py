@@ -101,12 +101,17 @@ class Update:
     def _pieced(self) -> tuple[Primal, Jaxpr]:
         return in_pieces(self.traced, self._trained(self.traced), self.pieces)
 
+    def changed(self, **fields: Any) -> "Update":
+        """The same update with another mask, remat or number of pieces; shares the trace."""
+        update = replace(self, **fields)
+        if "mask" not in fields or self.frozen_dtype is None:  # else it depends on what is frozen
+            update.__dict__["traced"] = self.traced
+        return update
+
     def in_pieces(self, pieces: int) -> "Update":
         """The same update, its frozen front computed for a part of the batch at a time."""
         if pieces not in self._divided:
-            update = replace(self, pieces=pieces)
-            update.__dict__["traced"] = self.traced
-            self._divided[pieces] = update
+            self._divided[pieces] = self.changed(pieces=pieces)
         return self._divided[pieces]
 
     @cached_property
