@@ -98,7 +98,17 @@ def check_grad_of_grad(data: st.DataObject) -> None:
         def transform(g: Callable[..., Any]) -> Callable[..., Any]:
             return jax.grad(lambda *args: inner_product(g(*args)), argnums=(0, 1))
 
-        same(p, transform, *p.inputs())
+        same(p, transform, *within(*p.inputs()))
+
+
+def within(params: Any, x: jax.Array, ids: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    """The inputs with ids in range.
+
+    Out of it, a gather that promises to be in range reads the nearest entry, and its gradient drops
+    what it read; JAX differentiates that as if it had not been dropped, which no difference
+    quotient confirms.
+    """
+    return params, x, ids % 3
 
 
 def check_sparse_grad_of_sparse_grad(data: st.DataObject) -> None:
@@ -108,7 +118,7 @@ def check_sparse_grad_of_sparse_grad(data: st.DataObject) -> None:
         compare(
             pj.grad(lambda *args: inner_product(actual(*args)), p.mask),
             lambda *args: dense(lambda *args: inner_product(expected(*args)), p.mask)(*args)[1],
-            *p.inputs(),
+            *within(*p.inputs()),
         )
 
 
