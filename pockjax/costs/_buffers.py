@@ -7,93 +7,24 @@ those are followed here that decide about large arrays:
   goes through an optimization barrier;
 * a function of one large array is computed anew for each reader that it can be fused into, even
   where it is also written; a function of several is written once if any reader asks for it;
+* an expensive function is written where several operations would compute it, or one would for each
+  element of a larger array;
 * a reduction takes in what no one else reads;
 * operands of products are transposed first where the axes are in no order that a product takes.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
+from pockjax._compat import Jaxpr, JaxprEqn, subjaxprs
+from pockjax.costs._operations import EXPENSIVE, SPREAD, Op, Operations, Value
 
-from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dtype_of, shape_of, subjaxprs
-from pockjax.autodiff import CALLS, ELEMENTWISE, size_in_bytes
-
-_VIEWS = frozenset(
-    "reshape squeeze expand_dims copy copy_p stop_gradient name sharding_constraint pvary pcast "
-    "reshard".split()
-)
-_EXPENSIVE = frozenset(
-    "cbrt cos digamma erf erf_inv erfc exp exp2 expm1 lgamma log log1p logistic pow rsqrt sin sqrt "
-    "tan tanh gather".split()
-)
-_ELEMENTWISE = ELEMENTWISE | {"bitcast_convert_type"}
-_INDEXED = frozenset(
-    """
-    broadcast_in_dim concatenate dynamic_slice dynamic_update_slice empty2 full gather iota pad rev
-    slice split stack transpose
-    """.split()
-)
-_SPREAD = frozenset(["broadcast_in_dim", "iota"])
 # YNNPACK has no such functions: reductions of them are loops, which repeat numbers themselves.
 _CHOOSING = frozenset("and eq ge gt le lt ne not or select_n xor".split())
 _MOST_USERS = 3  # for which a function is computed anew
 
 
-@dataclass(eq=False)
-class Value:
-    """An array of the program.
-
-    Attributes:
-        bytes: its size.
-        shape: its shape.
-        op: what makes it; None for arguments and constants.
-        users: what reads it.
-        held: whether it is there anyway: an argument, or written over one.
-        written: whether it is ever in memory.
-    """
-
-    bytes: int
-    shape: tuple[int, ...]
-    op: "Op | None" = None
-    users: list["Op"] = field(default_factory=list)
-    held: bool = False
-    written: bool = False
-
-
-@dataclass(eq=False)
-class Op:
-    """An operation of the program.
-
-    Attributes:
-        name: of its primitive.
-        kind: ``"loop"`` can be fused into others, ``"reduce"`` others into it, ``"whole"`` neither;
-            ``"barrier"`` and ``"result"`` read what must have been written.
-        reads: its operands.
-        makes: its results.
-        inner_bytes: of arrays that live while it runs.
-        reduced: the reduction that takes it in, if one does.
-        clamps: whether there are bounds from both sides between it and that reduction.
-    """
-
-    name: str
-    kind: str
-    reads: list[Value]
-    makes: list[Value]
-    inner_bytes: int = 0
-    reduced: "Op | None" = None
-    clamps: bool = False
-
-    @property
-    def is_elementwise(self) -> bool:
-        """Whether each element depends on the same element of its operands."""
-        return self.name in _ELEMENTWISE
-
-
 class Program:
-    """A jaxpr as operations on arrays.
+    """The operations of a jaxpr, and which of their results are written.
 
     Attributes:
         ops: in the order of the jaxpr.
@@ -101,7 +32,7 @@ class Program:
     """
 
     def __init__(self, jaxpr: Jaxpr, results_held: bool = True, depth: bool = False):
-        """Follows a jaxpr through its nested calls.
+        """Follows a jaxpr.
 
         Args:
             jaxpr: of the whole program.
@@ -109,192 +40,91 @@ class Program:
                 arguments have.
             depth: whether operations of loops' bodies are run depth first, see `peak_bytes`.
         """
-        self.ops: list[Op] = []
-        self._depth = depth
-        self._numbers: dict[Var, Any] = {}
+
+        def inner_bytes(eqn: JaxprEqn) -> int:
+            from pockjax.costs._liveness import peak_bytes
+
+            held = eqn.primitive.name != "scan"
+            return max((peak_bytes(body, held, depth) for body in subjaxprs(eqn)), default=0)
+
+        operations = Operations(jaxpr, results_held, inner_bytes)
+        self.ops, self.arguments = operations.ops, operations.arguments
         self._known: dict[Op, tuple[Value, ...]] = {}
-        self._spreads: dict[tuple[Any, ...], Value] = {}
-        self.arguments = [self._argument(v) for v in jaxpr.invars]
-        outs = self._follow(jaxpr, self.arguments)
-        results = [v for v in outs if v is not None]
-        for value in results:
-            value.held = value.held or results_held
-        for op in reversed(self.ops):  # what passes a barrier is the same array
-            if op.kind == "passed":
-                op.reads[0].held = op.reads[0].held or op.makes[0].held
-        self._add("result", "result", results, [])
-        self._decide()
+        self._readers: dict[Value, set[Op]] = {}
+        for op in reversed(self.ops):
+            self._decide(op)
         for op in self.ops:  # one after the other, for chains longer than Python's stack
             self._sources_of(op)
 
-    def _argument(self, var: Var) -> Value:
-        return Value(size_in_bytes(var.aval), shape_of(var), held=True, written=True)
+    def _decide(self, op: Op) -> None:
+        users = [u for v in op.makes for u in v.users]
+        # A reduction takes in what nobody else reads.
+        by = {u if u.kind == "reduce" else u.reduced for u in users}
+        if op.kind == "loop" and op.name != "select_n":
+            op.reduced = by.pop() if len(by) == 1 else None
+            op.clamps = _is_clamp(op) or any(u.clamps for u in users)
+        elif op.name == "dot_general" and not any(u.clamps for u in users):
+            op.reduced = by.pop() if len(by) == 1 else None
+        for value in op.makes:
+            self._readers[value] = self._in_the_end(value)
+            value.written = op.reduced is None and (op.kind != "loop" or self._is_written(value))
 
-    def _follow(self, jaxpr: Jaxpr, args: Sequence[Value | None]) -> list[Value | None]:
-        env: dict[Var, Value | None] = dict(zip(jaxpr.invars, args, strict=True))
-        # Constants are part of the program's code.
-        env.update({v: self._argument(v) for v in jaxpr.constvars})
-
-        def read(atom: Any) -> Value | None:
-            return None if isinstance(atom, Literal) else env[atom]
-
-        turned = _read_by_products(jaxpr)
-        for eqn in jaxpr.eqns:
-            ins = [read(atom) for atom in eqn.invars]
-            name = eqn.primitive.name
-            if name == "broadcast_in_dim" and len(ins) == 1 and not _is_view(eqn, ins):
-                [atom], [out] = eqn.invars, eqn.outvars
-                axes = eqn.params["broadcast_dimensions"]
-                env[out] = self._spread(atom, ins[0], shape_of(out), axes)
-                continue
-            if _is_view(eqn, ins) or (name == "transpose" and eqn.outvars[0] in turned):
-                env[eqn.outvars[0]] = ins[0]
-                continue
-            if name in CALLS and (inner := subjaxprs(eqn)):
-                self._numbers.update(
-                    (v, self._number(atom))
-                    for v, atom, value in zip(inner[0].invars, eqn.invars, ins, strict=True)
-                    if value is None
-                )
-                env.update(zip(eqn.outvars, self._follow(inner[0], ins), strict=True))
-                continue
-            outs = [Value(size_in_bytes(v.aval), shape_of(v)) for v in eqn.outvars]
-            env.update(zip(eqn.outvars, outs, strict=True))
-            self._emit(eqn, ins, outs)
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _emit(self, eqn: JaxprEqn, ins: list[Value | None], outs: list[Value]) -> None:
-        name = eqn.primitive.name
-        known = [v for v in ins if v is not None]
-        if name == "optimization_barrier":
-            self._add(name, "barrier", known, [])
-            passed = [out for out, v in zip(outs, ins, strict=True) if v is not None]
-            for value, out in zip(known, passed, strict=True):
-                out.held = value.held
-                self._add("passed", "passed", [value], [out])
-            return
-        if name.startswith("scatter") and known[0].op is not None and not known[0].op.reads:
-            known = known[1:]  # a constant is written where the result will be
-        if name == "dot_general":
-            known = [self._copied(v, p) for v, p in zip(ins, _dot_copies(eqn), strict=True) if v]
-        elif name == "conv_general_dilated":
-            lhs, rhs, out = _conv_copies(eqn)
-            known = [self._copied(v, p) for v, p in zip(ins, (lhs, rhs), strict=True) if v]
-            if out:
-                made = [Value(v.bytes, v.shape) for v in outs]
-                self._add(name, "whole", known, made)
-                self._add("transpose", "loop", made, outs)
-                return
-        elif name in ("select_and_scatter_add", "select_and_gather_add"):
-            # Expanded into the search for each window's greatest element, its position axis by
-            # axis, and a scatter.
-            source = known[-1]
-            places = [self._loop("iota", [], source.shape, 4) for _ in source.shape]
-            found = [Value(4 * math.prod(known[0].shape), known[0].shape) for _ in places]
-            self._add("reduce_window", "whole", [source, *places], found)
-            known = [self._loop("concatenate", found, (len(found), *known[0].shape), 4), known[0]]
-        if name in _ELEMENTWISE and outs[0].shape:
-            known = self._repeated(eqn, ins, outs[0].shape)
-        kind = "loop" if name in _ELEMENTWISE | _INDEXED else "whole"
-        if name.startswith(("reduce_", "arg")) and not name.startswith("reduce_window"):
-            kind = "reduce" if name != "reduce_precision" else "loop"
-        inner = 0
-        if kind == "whole" and (bodies := subjaxprs(eqn)):
-            from pockjax.costs._liveness import peak_bytes
-
-            inner = max(peak_bytes(body, name != "scan", self._depth) for body in bodies)
-        self._add(name, kind, known, outs, inner)
-
-    def _loop(self, name: str, reads: list[Value], shape: tuple[int, ...], itemsize: int) -> Value:
-        out = Value(itemsize * math.prod(shape), shape)
-        self._add(name, "loop", reads, [out])
-        return out
-
-    def _repeated(
-        self, eqn: JaxprEqn, ins: list[Value | None], shape: tuple[int, ...]
-    ) -> list[Value]:
-        """Operands, repeated explicitly where the equation repeats them; XLA has each once."""
-        found = []
-        for atom, value in zip(eqn.invars, ins, strict=True):
-            if shape_of(atom) != shape:
-                value = self._spread(atom, value, shape, range(len(shape_of(atom))))
-            if value is not None:
-                found.append(value)
-        if eqn.primitive.name == "one_minus_square":
-            found.append(self._constant(1.0, shape, dtype_of(eqn.invars[0]).itemsize))
+    def _in_the_end(self, value: Value) -> set[Op]:
+        """The operations that read a value, themselves or through others that they compute."""
+        found: set[Op] = set()
+        for user in value.users:
+            fusible = user.kind == "loop" and user.reduced is None
+            if not fusible or any(v.written for v in user.makes):
+                found.add(user)
+            for made in user.makes if fusible else ():
+                if made.written:
+                    found |= {u for u in made.users if self.is_fused(made, u)}
+                else:
+                    found |= self._readers[made]
         return found
 
-    def _spread(
-        self, atom: Any, value: Value | None, shape: tuple[int, ...], axes: Iterable[int]
-    ) -> Value:
-        """An array, or a number, along the axes where it is repeated."""
-        itemsize = dtype_of(atom).itemsize
-        if value is None:
-            return self._constant(self._number(atom), shape, itemsize)
-        own = tuple(a for a, n in zip(axes, shape_of(atom), strict=True) if n != 1)
-        key = (value, shape, itemsize, own)
-        if key not in self._spreads:
-            self._spreads[key] = self._loop("broadcast_in_dim", [value], shape, itemsize)
-        return self._spreads[key]
-
-    def _number(self, atom: Any) -> Any:
-        """The number that a literal is, or that was handed to a nested call."""
-        return np.asarray(atom.val).item() if isinstance(atom, Literal) else self._numbers[atom]
-
-    def _constant(self, number: Any, shape: tuple[int, ...], itemsize: int) -> Value:
-        """An array of one number."""
-        key = (number, shape, itemsize)
-        if key not in self._spreads:
-            self._spreads[key] = self._loop("broadcast_in_dim", [], shape, itemsize)
-        return self._spreads[key]
-
-    def _copied(self, value: Value, needed: bool) -> Value:
-        """A transposed copy, if one is needed."""
-        if not needed:
-            return value
-        out = Value(value.bytes, ())
-        self._add("transpose", "loop", [value], [out])
-        return out
-
-    def _add(
-        self, name: str, kind: str, reads: list[Value], makes: list[Value], inner: int = 0
-    ) -> None:
-        op = Op(name, kind, list(dict.fromkeys(reads)), makes, inner)
-        for value in op.reads:
-            value.users.append(op)
-        for value in makes:
-            value.op = op
-        self.ops.append(op)
-
-    def _decide(self) -> None:
-        for op in reversed(self.ops):
-            by = {u if u.kind == "reduce" else u.reduced for v in op.makes for u in v.users}
-            # A reduction takes in what nobody else reads.
-            users = [u for v in op.makes for u in v.users]
-            if op.kind == "loop":
-                op.reduced = by.pop() if len(by) == 1 else None
-                op.clamps = _is_clamp(op) or any(u.clamps for u in users)
-            elif op.name == "dot_general" and not any(u.clamps for u in users):
-                op.reduced = by.pop() if len(by) == 1 else None
-            for value in op.makes:
-                value.written = op.reduced is None and (op.kind != "loop" or _is_written(op, value))
+    def _is_written(self, value: Value) -> bool:
+        assert value.op is not None
+        name, users = value.op.name, value.users
+        if any(u.kind in ("whole", "barrier", "result", "passed") for u in users):
+            return True
+        taken = [u for u in users if u.kind == "reduce" or u.reduced]
+        if name in SPREAD:  # what others read too stays outside of a reduction
+            return any(u.name not in _CHOOSING for u in taken)
+        if taken and (len(users) > 1 or name == "select_n"):
+            return True
+        if len(users) > _MOST_USERS or any(_is_once(value, u) for u in users):
+            return True
+        return name in EXPENSIVE and len(self._readers[value]) > 1
 
     def sources(self, op: Op) -> list[Value]:
         """The written arrays that an operation reads, itself or through what is fused into it."""
-        fuses = op.kind in ("loop", "reduce") or op.reduced is not None
-        found: dict[Value, None] = {}
-        for value in op.reads:
-            if fuses and _fused(value, op):
-                assert value.op is not None
-                found.update(dict.fromkeys(self._sources_of(value.op)))
-            else:
-                found[value] = None
-        return list(found)
+        return list(self._sources_of(op))
 
     def _sources_of(self, op: Op) -> tuple[Value, ...]:
         if op not in self._known:
-            self._known[op] = tuple(self.sources(op))
+            found: dict[Value, None] = {}
+            for value in op.reads:
+                if value.op is not None and self.is_fused(value, op):
+                    found.update(dict.fromkeys(self._sources_of(value.op)))
+                else:
+                    found[value] = None
+            self._known[op] = tuple(found)
         return self._known[op]
+
+    def is_fused(self, value: Value, reader: Op) -> bool:
+        """Whether a reader computes one of its operands itself."""
+        if reader.kind not in ("loop", "reduce") and reader.reduced is None or value.op is None:
+            return False
+        if not value.written:
+            return True
+        if value.op.kind != "loop" or _is_once(value, reader):
+            return False
+        # What is written for somebody else is still computed anew by those it can be fused into.
+        few = len(value.users) <= _MOST_USERS or value.op.name in SPREAD
+        again = value.op.name not in EXPENSIVE and few
+        loop = reader.kind == "loop" and reader.reduced is None
+        return loop and again and _is_unary(value.op, value)
 
 
 def _is_clamp(op: Op) -> bool:
@@ -305,33 +135,9 @@ def _is_clamp(op: Op) -> bool:
     return any(v.op is not None and v.op.name == other for v in op.reads)
 
 
-def _fused(value: Value, reader: Op) -> bool:
-    """Whether a reader computes a value itself."""
-    if value.op is None:
-        return False
-    if not value.written:
-        return True
-    if value.op.kind != "loop":
-        return False
-    # What is written for somebody else is still computed anew by those it can be fused into.
-    few = len(value.users) <= _MOST_USERS or value.op.name in _SPREAD
-    again = value.op.name not in _EXPENSIVE and few
-    loop = reader.kind == "loop" and reader.reduced is None
-    return loop and again and _is_unary(value.op, value)
-
-
-def _is_written(op: Op, value: Value) -> bool:
-    users = value.users
-    if any(u.kind in ("whole", "barrier", "result", "passed") for u in users):
-        return True
-    taken = [u for u in users if u.kind == "reduce" or u.reduced]
-    if op.name in _SPREAD:  # what others read too stays outside of a reduction
-        return any(u.name not in _CHOOSING for u in taken)
-    if taken and len(users) > 1:
-        return True
-    if op.name not in _SPREAD and len(users) > _MOST_USERS:
-        return True
-    return op.name in _EXPENSIVE and len(users) > 1
+def _is_once(value: Value, reader: Op) -> bool:
+    """Whether it is a number that takes too much to be computed for each element of a reader."""
+    return value.op is not None and value.op.expensive and not value.shape and reader.name in SPREAD
 
 
 def _is_unary(op: Op, value: Value) -> bool:
@@ -340,90 +146,7 @@ def _is_unary(op: Op, value: Value) -> bool:
     reads = [
         r
         for v in op.reads
-        for r in (v.op.reads if v.op is not None and v.op.name in _SPREAD else [v])
+        for r in (v.op.reads if v.op is not None and v.op.name in SPREAD else [v])
     ]
     sizes = [math.prod(v.shape) for v in reads]
     return sum(n >= size for n in sizes) <= 1 or sum(sizes) <= size
-
-
-def _read_by_products(jaxpr: Jaxpr) -> set[Var]:
-    """Matrices that nothing but products read, which take them either way round."""
-    found: set[Var] = set()
-    others = {v for v in jaxpr.outvars if isinstance(v, Var)}
-    for eqn in jaxpr.eqns:
-        product = eqn.primitive.name == "dot_general"
-        for atom in eqn.invars:
-            if isinstance(atom, Var):
-                (found if product and len(shape_of(atom)) == 2 else others).add(atom)
-    return found - others
-
-
-def _is_view(eqn: JaxprEqn, ins: Sequence[Value | None]) -> bool:
-    """Whether the result is the operand's memory read in another shape."""
-    name = eqn.primitive.name
-    if name in _VIEWS:
-        return True
-    if name not in _MAYBE_VIEWS or not ins or ins[0] is None:
-        return False
-    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
-    match name:
-        case "convert_element_type":
-            return dtype_of(eqn.invars[0]) == dtype_of(eqn.outvars[0])
-        case "rev":
-            return all(before[axis] == 1 for axis in eqn.params["dimensions"])
-        case "transpose":
-            made_by = ins[0].op
-            flat = len(before) == 2 and made_by is not None and made_by.name == "dot_general"
-            return flat or _in_order(eqn.params["permutation"], before)
-        case "broadcast_in_dim":
-            return math.prod(before) == math.prod(after)
-    return before == after and len(ins) - ins.count(None) == 1
-
-
-_MAYBE_VIEWS = frozenset(
-    "convert_element_type rev transpose broadcast_in_dim slice pad dynamic_slice concatenate "
-    "reduce_sum reduce_max".split()
-)
-
-
-def _in_order(axes: Iterable[int], shape: Sequence[int]) -> bool:
-    kept = [a for a in axes if shape[a] != 1]
-    return kept == sorted(kept)
-
-
-def _dot_copies(eqn: JaxprEqn) -> tuple[bool, bool]:
-    """Whether the operands of a product are transposed before it."""
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    found = []
-    for side, (atom, contract, batch) in enumerate(
-        zip(eqn.invars, (lc, rc), (lb, rb), strict=True)
-    ):
-        shape = shape_of(atom)
-        free = [a for a in range(len(shape)) if a not in contract and a not in batch]
-        inner = (*free, *contract) if side == 0 else (*contract, *free)
-        if not _in_order((*batch, *inner), shape):
-            # One contracted and one free axis may stand either way round.
-            one = (
-                sum(shape[a] != 1 for a in contract) <= 1 and sum(shape[a] != 1 for a in free) <= 1
-            )
-            swapped = (*contract, *free) if side == 0 else (*free, *contract)
-            found.append(not (one and _in_order((*batch, *swapped), shape)))
-        else:
-            found.append(False)
-    return found[0], found[1]
-
-
-def _conv_copies(eqn: JaxprEqn) -> tuple[bool, bool, bool]:
-    """Whether images, kernel and result of a convolution are transposed."""
-    numbers = eqn.params["dimension_numbers"]
-
-    def copied(spec: Sequence[int], atom: Any, kernel: bool) -> bool:
-        first, second, *space = spec
-        order = (*space, second, first) if kernel else (first, *space, second)
-        return not _in_order(order, shape_of(atom))
-
-    return (
-        copied(numbers.lhs_spec, eqn.invars[0], False),
-        copied(numbers.rhs_spec, eqn.invars[1], True),
-        copied(numbers.out_spec, eqn.outvars[0], False),
-    )

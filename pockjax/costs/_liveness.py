@@ -5,26 +5,40 @@ from dataclasses import dataclass
 import numpy as np
 
 from pockjax._compat import Jaxpr
-from pockjax.costs._buffers import Op, Program, Value
-from pockjax.costs._order import Node, breadth_first, depth_first
+from pockjax.costs._buffers import Program
+from pockjax.costs._operations import Op, Value
+from pockjax.costs._order import Node, breadth_first, depth_first, numbers
 
 _ALIGNMENT = 64
 _IN_PLACE = ("dynamic_update_slice", "scan", "scatter-add", "scatter", "sort")
 
 
-@dataclass
+@dataclass(eq=False)
 class Interval:
     """Memory of an array, or of several that are written over each other.
 
+    XLA counts time in events: each array that is given memory, and each that loses it, is one.
+
     Attributes:
         bytes: its size.
-        start: position of the operation that writes it.
-        end: position of the last operation that reads it.
+        number: of the first array, in the order of the graph.
+        start: when the first array is given memory.
+        first_end: when the first array is last read.
+        end: when the last array is.
+        last: position of the operation that reads the last array last.
     """
 
     bytes: int
+    number: int
     start: int
-    end: int
+    first_end: int | None = None
+    end: int = 0
+    last: int = 0
+
+    def ends(self, time: int) -> None:
+        """Sets when the present array is last read."""
+        self.end = time
+        self.first_end = time if self.first_end is None else self.first_end
 
 
 def peak_bytes(jaxpr: Jaxpr, results_held: bool = True, depth: bool = False) -> int:
@@ -53,10 +67,13 @@ def intervals(program: Program, order: list[Node]) -> list[Interval]:
         if op.kind == "passed":
             [made], [read] = op.makes, op.reads
             last[read] = max(last[read], last.get(made, 0))
+    number = numbers(program, program.sources)
+    ending: dict[int, list[Interval]] = {}
+    time = 0
     for i, (op, makes) in enumerate(order):
         sources = program.sources(op)
-        for value in makes:
-            if value.held:
+        for value in sorted(makes, key=lambda v: (last.get(v, i), number[op])):
+            if value.held or _before_result(value):
                 continue
             if op.kind == "passed":
                 if op.reads[0] in home:
@@ -64,13 +81,30 @@ def intervals(program: Program, order: list[Node]) -> list[Interval]:
                 continue
             host = _overwritten(op, value, sources, i, home)
             if host is None:
-                host = Interval(value.bytes, i, i)
+                host = Interval(value.bytes, number[op], time)
                 found.append(host)
-            host.end = max(host.end, last.get(value, i))
+            else:
+                ending[i].remove(host)
+                host.ends(time)
+                time += 1
+            time += 1
+            host.last = last.get(value, i)
+            ending.setdefault(host.last, []).append(host)
             home[value] = host
         if op.inner_bytes:
-            found.append(Interval(op.inner_bytes, i, i))
+            found.append(Interval(op.inner_bytes, number[op], time, time, time, i))
+            time += 1
+        for host in sorted(ending.get(i, ()), key=lambda x: x.start):
+            host.ends(time)
+            time += 1
     return found
+
+
+def _before_result(value: Value) -> bool:
+    """Whether it is a number that has the place of the result that is computed from it."""
+    return not value.shape and all(
+        u.is_elementwise and all(v.held for v in u.makes) for u in value.users
+    )
 
 
 def _overwritten(
@@ -81,17 +115,21 @@ def _overwritten(
         return None
     for source in sources:
         host = home.get(source)
-        if host and host.bytes == value.bytes and host.end <= now and source.shape == value.shape:
+        if host and host.bytes == value.bytes and host.last <= now and source.shape == value.shape:
             return host
     return None
 
 
 def packed_bytes(found: list[Interval]) -> int:
-    """The memory that intervals take when the largest is placed first, each where it fits best."""
+    """The memory that intervals take in the better of XLA's two orders of placing them.
+
+    Each is placed where it fits best: the largest first, or the longest.
+    """
     if not found:
         return 0
-    by_size = sorted(found, key=lambda x: (-x.bytes, x.start))
-    by_time = sorted(found, key=lambda x: (x.start - x.end, -x.bytes, x.start))
+    assert all(x.first_end is not None for x in found)
+    by_size = sorted(found, key=lambda x: (-x.bytes, x.start - (x.first_end or 0), x.number))
+    by_time = sorted(found, key=lambda x: (x.start - x.end, -x.bytes, x.number))
     return min(_packed(by_size), _packed(by_time))
 
 
