@@ -10,6 +10,7 @@ from pockjax.autodiff import size_in_bytes
 from pockjax.costs._liveness import peak_bytes
 
 _WORTH_ANOTHER_ORDER = 0.9  # of the usual order's bytes
+_PAGE = 4096  # less than which no order saves
 
 
 def tree_bytes(tree: Any) -> int:
@@ -74,7 +75,8 @@ def best_order(jaxpr: Jaxpr) -> tuple[bool, int]:
         Whether depth first is predicted to take clearly less, and the temporary bytes predicted.
     """
     breadth, depth = (predict_temp_bytes(jaxpr, depth_first) for depth_first in (False, True))
-    return (True, depth) if depth < _WORTH_ANOTHER_ORDER * breadth else (False, breadth)
+    clearly = depth < min(_WORTH_ANOTHER_ORDER * breadth, breadth - _PAGE)
+    return (True, depth) if clearly else (False, breadth)
 
 
 def predict_temp_bytes(jaxpr: Jaxpr, depth_first: bool = False) -> int:

@@ -173,7 +173,7 @@ def test_memory_of_a_step_that_is_run_depth_first(trained: str) -> None:
     _, executable = Program(True, True, None, depth_first=True).compiled(update)
     step = jax.make_jaxpr(update.step(True, True))(update.example_state, *update.batch)
     predicted = predict_temp_bytes(inlined(step), depth_first=True)
-    assert predicted == pytest.approx(CompiledCost.of(executable).temp_bytes, rel=0.05)
+    assert predicted == pytest.approx(CompiledCost.of(executable).temp_bytes, rel=0.1)
 
 
 def test_operations_are_run_in_the_order_that_takes_less_memory() -> None:
