@@ -9,7 +9,9 @@ import pytest
 from jax import lax
 
 import pockjax as pj
+from pockjax.autodiff import inlined
 from pockjax.costs import CompiledCost, predict_temp_bytes, tree_bytes
+from pockjax.training._program import Options, Program
 
 
 def test_tree_bytes() -> None:
@@ -103,3 +105,71 @@ def test_a_product_is_written_before_bounds_from_both_sides(bounded: bool) -> No
     assert predict_temp_bytes(jax.make_jaxpr(mean)(x, w)) == pytest.approx(
         compiled, rel=0.1, abs=2048
     )
+
+
+def of_a_small_image(x, w):
+    """Its kernel is the larger, so XLA swaps them and turns the kernel around."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jnp.sum(lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=dims) ** 2)
+
+
+def of_an_embedding(table, tokens):
+    """The zeros into which rows are added are written before all else."""
+
+    def loss(table):
+        x = jnp.tanh(table[tokens])
+        for _ in range(3):
+            x = jnp.tanh(x @ x.T @ x)
+        return jnp.sum(x)
+
+    return jnp.sum(lax.optimization_barrier(jax.grad(loss)(table)) ** 2)
+
+
+def of_gelu(x, w):
+    """Two readers of erfc: its forms for small and large numbers are written apart."""
+    y = lax.erfc(x @ w)
+    return jnp.sum(lax.optimization_barrier(y[:, :128])), y @ w.T
+
+
+def of_tanh(x, w):
+    """Both factors of the gradient are computed from a hyperbolic tangent that is not written."""
+    y = x @ w
+    return jnp.tanh(y) * (1 - jnp.tanh(y) ** 2) @ w.T
+
+
+PROGRAMS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "small image": (of_a_small_image, (jnp.ones((8, 2, 2, 128)), jnp.ones((3, 3, 128, 128)))),
+    "embedding": (of_an_embedding, (jnp.ones((5000, 32)), jnp.zeros(64, jnp.int32))),
+    "gelu": (of_gelu, (jnp.ones((512, 64)), jnp.ones((64, 256)))),
+    "tanh": (of_tanh, (jnp.ones((512, 64)), jnp.ones((64, 256)))),
+}
+
+
+@pytest.mark.parametrize("depth_first", [False, True], ids=["breadth first", "depth first"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_predicted_memory_of_a_program(name: str, depth_first: bool) -> None:
+    function, args = PROGRAMS[name]
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    lowered = jax.jit(function).lower(*args)
+    compiled = lowered.compile(compiler_options=options if depth_first else None)
+    predicted = predict_temp_bytes(inlined(jax.make_jaxpr(function)(*args)), depth_first)
+    assert predicted == pytest.approx(CompiledCost.of(compiled).temp_bytes, rel=0.02, abs=4096)
+
+
+@pytest.mark.parametrize("depth_first", [False, True], ids=["breadth first", "depth first"])
+@pytest.mark.parametrize("lowest", range(LAYERS))
+def test_arrays_are_placed_as_xla_places_them(lowest: int, depth_first: bool) -> None:
+    """Arrays of one size, where it depends on the order of placing them how much is lost."""
+
+    def loss(params: Any, x: Any) -> Any:
+        for layer in params:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        return jnp.mean(x**2)
+
+    mask = [{"w": i == lowest + 1, "b": i >= lowest} for i in range(LAYERS)]
+    x = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)
+    update = Options(rewrites="none").update(loss, mask, optax.sgd(0.1), layers(), (x,))
+    _, executable = Program(True, True, None, depth_first).compiled(update)
+    step = jax.make_jaxpr(update.step(True, True))(update.example_state, *update.batch)
+    predicted = predict_temp_bytes(inlined(step), depth_first)
+    assert predicted == pytest.approx(CompiledCost.of(executable).temp_bytes, rel=0.02, abs=4096)
