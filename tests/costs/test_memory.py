@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from hypothesis import strategies as st
 from jax import lax
 
 import pockjax as pj
 from pockjax.autodiff import inlined
-from pockjax.costs import CompiledCost, predict_temp_bytes, tree_bytes
+from pockjax.costs import CompiledCost, best_order, predict_temp_bytes, tree_bytes
 from pockjax.training._program import Options, Program
+from tests.autodiff.programs import FAMILIES, programs
+from tests.autodiff.test_exact import check_all
 
 
 def test_tree_bytes() -> None:
@@ -154,6 +157,19 @@ def test_predicted_memory_of_a_program(name: str, depth_first: bool) -> None:
     compiled = lowered.compile(compiler_options=options if depth_first else None)
     predicted = predict_temp_bytes(inlined(jax.make_jaxpr(function)(*args)), depth_first)
     assert predicted == pytest.approx(CompiledCost.of(compiled).temp_bytes, rel=0.02, abs=4096)
+
+
+@pytest.mark.parametrize("family", ["all", "scans", "wrapped"])
+def test_gradients_of_any_function_can_be_predicted(family: str) -> None:
+    def check(data: st.DataObject) -> None:
+        p = data.draw(programs(FAMILIES[family]))
+        with p.precision():
+            gradient = pj.value_and_grad(p.fun, p.mask, has_aux=p.has_aux)
+            jaxpr = inlined(jax.make_jaxpr(gradient)(*p.inputs()))
+        breadth = predict_temp_bytes(jaxpr)
+        assert (breadth >= 0) and best_order(jaxpr)[1] <= breadth
+
+    check_all(check, 10)
 
 
 @pytest.mark.parametrize("depth_first", [False, True], ids=["breadth first", "depth first"])
