@@ -201,8 +201,9 @@ class Experiment:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             sens = pj.sensitivity(
-                self.task.loss, self.params, self.batches[:8], criterion, tx=self.tx, steps=8,
-                held_out=self.batches[8:], beside=BESIDE, seeds=[0], folder=path.parent / "pieces",
+                self.task.loss, self.params, self.batches[:8], criterion, tx=optax.adam(RATES[-1]),
+                steps=16, held_out=self.batches[8:], beside=BESIDE, seeds=[0],
+                folder=path.parent / "pieces",
             )  # fmt: skip
             sens.save(path)
         return Sensitivity.load(path)

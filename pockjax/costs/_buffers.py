@@ -15,7 +15,7 @@ those are followed here that decide about large arrays:
 
 import math
 
-from pockjax._compat import Jaxpr, JaxprEqn, subjaxprs
+from pockjax._compat import Jaxpr, JaxprEqn, scan_arity, subjaxprs
 from pockjax.costs._operations import EXPENSIVE, SPREAD, Op, Operations, Value
 
 # YNNPACK has no such functions: reductions of them are loops, which repeat numbers themselves.
@@ -31,7 +31,9 @@ class Program:
         arguments: arrays that are there from the beginning.
     """
 
-    def __init__(self, jaxpr: Jaxpr, results_held: bool = True, depth: bool = False):
+    def __init__(
+        self, jaxpr: Jaxpr, results_held: bool = True, depth: bool = False, slices: int = 0
+    ):
         """Follows a jaxpr.
 
         Args:
@@ -39,15 +41,23 @@ class Program:
             results_held: whether results have memory of their own, as those written over donated
                 arguments have.
             depth: whether operations of loops' bodies are run depth first, see `peak_bytes`.
+            slices: how many of the last arguments are slices of larger arrays.
         """
 
         def inner_bytes(eqn: JaxprEqn) -> int:
             from pockjax.costs._liveness import peak_bytes
 
-            held = eqn.primitive.name != "scan"
-            return max((peak_bytes(body, held, depth) for body in subjaxprs(eqn)), default=0)
+            scan = eqn.primitive.name == "scan"
+            kept = sum(scan_arity(eqn)) if scan else 0
+            return max(
+                (
+                    peak_bytes(body, not scan, depth, len(body.invars) - kept if scan else 0)
+                    for body in subjaxprs(eqn)
+                ),
+                default=0,
+            )
 
-        operations = Operations(jaxpr, results_held, inner_bytes)
+        operations = Operations(jaxpr, results_held, inner_bytes, slices)
         self.ops, self.arguments = operations.ops, operations.arguments
         self._known: dict[Op, tuple[Value, ...]] = {}
         self._readers: dict[Value, set[Op]] = {}

@@ -41,15 +41,18 @@ class Interval:
         self.first_end = time if self.first_end is None else self.first_end
 
 
-def peak_bytes(jaxpr: Jaxpr, results_held: bool = True, depth: bool = False) -> int:
+def peak_bytes(
+    jaxpr: Jaxpr, results_held: bool = True, depth: bool = False, slices: int = 0
+) -> int:
     """Bytes of the arrays between arguments and results.
 
     Args:
         jaxpr: of the whole program.
         results_held: whether the results have memory of their own.
         depth: whether operations are run depth first instead of breadth first.
+        slices: how many of the last arguments are slices of larger arrays, as those of a loop are.
     """
-    program = Program(jaxpr, results_held, depth)
+    program = Program(jaxpr, results_held, depth, slices)
     order = depth_first(program) if depth else breadth_first(program)
     return packed_bytes(intervals(program, order))
 

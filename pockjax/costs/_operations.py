@@ -101,7 +101,13 @@ class Operations:
         arguments: arrays that are there from the beginning.
     """
 
-    def __init__(self, jaxpr: Jaxpr, results_held: bool, inner_bytes: Callable[[JaxprEqn], int]):
+    def __init__(
+        self,
+        jaxpr: Jaxpr,
+        results_held: bool,
+        inner_bytes: Callable[[JaxprEqn], int],
+        slices: int = 0,
+    ):
         """Follows it.
 
         Args:
@@ -109,13 +115,16 @@ class Operations:
             results_held: whether results have memory of their own, as those written over donated
                 arguments have.
             inner_bytes: of the arrays that live while an operation with jaxprs of its own runs.
+            slices: how many of the last arguments are slices of larger arrays.
         """
         self.ops: list[Op] = []
         self._inner_bytes = inner_bytes
         self._numbers: dict[Var, Any] = {}
         self._spreads: dict[tuple[Any, ...], Value] = {}
         self.arguments = [self._argument(v) for v in jaxpr.invars]
-        outs = self._follow(jaxpr, self.arguments)
+        whole = len(self.arguments) - slices
+        sliced = [self._sliced(v) for v in self.arguments[whole:]]
+        outs = self._follow(jaxpr, [*self.arguments[:whole], *sliced])
         results = [v for v in outs if v is not None]
         for value in results:
             value.held = value.held or results_held
@@ -126,6 +135,11 @@ class Operations:
 
     def _argument(self, var: Var) -> Value:
         return Value(size_in_bytes(var.aval), shape_of(var), held=True, written=True)
+
+    def _sliced(self, array: Value) -> Value:
+        out = Value(array.bytes, array.shape)
+        self._add("dynamic_slice", "loop", [array], [out])
+        return out
 
     def _follow(self, jaxpr: Jaxpr, args: Sequence[Value | None]) -> list[Value | None]:
         env: dict[Var, Value | None] = dict(zip(jaxpr.invars, args, strict=True))
