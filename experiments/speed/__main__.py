@@ -236,6 +236,19 @@ def figure(
     }
 
 
+def publish(folder: Path) -> None:
+    """The page and the plot of all that has been measured."""
+    results: dict[str, dict[int, Any]] = {}
+    for file in sorted(folder.glob("*-*t.json")):
+        name = file.stem.rpartition("-")[0]
+        result = json.loads(file.read_text()) | {"targets": read_config(name)[1]}
+        results.setdefault(name, {})[result["threads"]] = result
+    with replacing(folder / "speed.md") as path:
+        path.write_text(page(results))
+    with replacing(folder / "speed.svg") as path:
+        plot(results, path)
+
+
 def main(config: Config) -> None:
     """Time, print and write."""
     if unknown := [n for n in config.peers if n not in PEERS]:
@@ -258,20 +271,13 @@ def main(config: Config) -> None:
             continue
         with replacing(file) as path:
             path.write_text(json.dumps(result, indent=1) + "\n")
+        publish(config.out)
         measured += 1
         left = (time.monotonic() - begun) / measured * (len(tables) - k - 1) / 60
         print(f"{file} is written; about {left:.0f} minutes left", flush=True)
     if config.compare_only:
         return
-    results: dict[str, dict[int, Any]] = {}
-    for file in sorted(config.out.glob("*-*t.json")):
-        name = file.stem.rpartition("-")[0]
-        result = json.loads(file.read_text()) | {"targets": read_config(name)[1]}
-        results.setdefault(name, {})[result["threads"]] = result
-    with replacing(config.out / "speed.md") as path:
-        path.write_text(page(results))
-    with replacing(config.out / "speed.svg") as path:
-        plot(results, path)
+    publish(config.out)
     print((config.out / "speed.md").read_text())
 
 
