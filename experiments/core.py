@@ -297,7 +297,7 @@ def step_figures() -> Iterator[Figure]:
         compiled, variants = step.report.compiled, step.report.variants
         yield Figure(
             f"temp bytes predicted over compiled, MLP, {name}",
-            step.report.temp_bytes / compiled.temp_bytes, 1.3,
+            (step.report.temp_bytes or 0) / compiled.temp_bytes, 1.3,
         )  # fmt: skip
         yield Figure(
             f"step memory, residuals kept over left to XLA, MLP, {name}",

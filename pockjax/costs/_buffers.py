@@ -20,6 +20,8 @@ from pockjax.costs._operations import EXPENSIVE, SPREAD, Op, Operations, Value
 
 # YNNPACK has no such functions: reductions of them are loops, which repeat numbers themselves.
 _CHOOSING = frozenset("and eq ge gt le lt ne not or select_n xor".split())
+_OF_PRODUCTS = frozenset(["reduce_sum", "reduce_max", "reduce_min"])
+"""Reductions that take products in."""
 _MOST_USERS = 3  # for which a function is computed anew
 
 
@@ -70,11 +72,14 @@ class Program:
         users = [u for v in op.makes for u in v.users]
         # A reduction takes in what nobody else reads.
         by = {u if u.kind == "reduce" else u.reduced for u in users}
+        reduced = by.pop() if len(by) == 1 else None
+        op.factor = any(u.factor or u.name == "dot_general" for u in users)
+        op.clamps = _is_clamp(op) or any(u.clamps for u in users)
         if op.kind == "loop" and op.name != "select_n":
-            op.reduced = by.pop() if len(by) == 1 else None
-            op.clamps = _is_clamp(op) or any(u.clamps for u in users)
-        elif op.name == "dot_general" and not any(u.clamps for u in users):
-            op.reduced = by.pop() if len(by) == 1 else None
+            moves = not op.is_elementwise and op.name not in SPREAD | {"pad"}
+            op.reduced = None if moves and op.factor else reduced
+        elif op.name == "dot_general" and not op.clamps:
+            op.reduced = reduced if reduced and reduced.name in _OF_PRODUCTS else None
         for value in op.makes:
             self._readers[value] = self._in_the_end(value)
             value.written = op.reduced is None and (op.kind != "loop" or self._is_written(value))

@@ -70,6 +70,7 @@ class Op:
         expensive: whether it, or what can be fused into it, is.
         reduced: the reduction that takes it in, if one does.
         clamps: whether there are bounds from both sides between it and that reduction.
+        factor: whether there is a product between them.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Op:
     expensive: bool = False
     reduced: "Op | None" = None
     clamps: bool = False
+    factor: bool = False
 
     @property
     def operands(self) -> list[Value]:
@@ -253,8 +255,10 @@ class Operations:
         return self._spreads[key]
 
     def _number(self, atom: Any) -> Any:
-        """The number that a literal is, or that was handed to a nested call."""
-        return np.asarray(atom.val).item() if isinstance(atom, Literal) else self._numbers[atom]
+        """The number that a literal is, or that was handed to a nested call; else its variable."""
+        if isinstance(atom, Literal):
+            return np.asarray(atom.val).item()
+        return self._numbers.get(atom, atom)
 
     def _constant(self, number: Any, shape: tuple[int, ...], itemsize: int) -> Value:
         """An array of one number."""

@@ -1,12 +1,14 @@
 """What a step costs, predicted and compiled, and what the mask left out of it."""
 
 import json
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 
+from pockjax._compat import Jaxpr
 from pockjax._paths import flatten_with_paths
 from pockjax.autodiff import Fallback, Joint, differentiate, inlined
 from pockjax.costs import (
@@ -22,6 +24,8 @@ from pockjax.rewrites import DEFAULT_LIBRARY, Choice
 from pockjax.training._measure import Measurement
 from pockjax.training._program import Program
 from pockjax.training._update import Update
+
+_log = logging.getLogger("pockjax")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class Report:
         full: the same for training every parameter.
         compiled: what the executable takes, as XLA says.
         flops: operations of one whole step, optimizer included, loops counted as they run.
-        temp_bytes: predicted peak of intermediate arrays, to stand beside ``compiled.temp_bytes``.
+        temp_bytes: predicted peak of intermediate arrays, to stand beside ``compiled.temp_bytes``;
+            None where it could not be predicted.
         residuals: ``"kept"`` or ``"xla"``: which variant was compiled.
         variants: total bytes of each variant that was compiled.
         rows: every parameter.
@@ -89,7 +94,7 @@ class Report:
     full: Estimate
     compiled: CompiledCost
     flops: int
-    temp_bytes: int
+    temp_bytes: int | None
     residuals: str
     variants: dict[str, int]
     rows: tuple[ParameterRow, ...]
@@ -102,10 +107,12 @@ class Report:
     expected: Prediction | None = None
 
     @property
-    def predicted_total_bytes(self) -> int:
+    def predicted_total_bytes(self) -> int | None:
         """Predicted memory of a step, to stand beside ``compiled.total_bytes``."""
         if self.expected is not None:
             return self.expected.memory_bytes
+        if self.temp_bytes is None:
+            return None
         return self.compiled.total_bytes - self.compiled.temp_bytes + self.temp_bytes
 
     @property
@@ -203,6 +210,7 @@ class Report:
     def _notes(self) -> list[str]:
         c, expected = self.compiled, self.expected
         temp = self.temp_bytes if expected is None else expected.temp_bytes
+        predicted = self.predicted_total_bytes
         total, arguments, results, alias, temporary = (
             _quantity(n, "B")
             for n in (
@@ -215,8 +223,10 @@ class Report:
             f"temporary {temporary}; residuals: {self.residuals}"
             f"{', run depth first' * self.depth_first}"
             f"{f'; frozen front in {self.front_pieces} pieces' * (self.front_pieces > 1)}.",
-            f"Predicted: {_quantity(self.predicted_total_bytes, 'B')}, of which temporary "
-            f"{_quantity(temp, 'B')}{_milliseconds(expected)}.",
+            f"Predicted: {_quantity(predicted, 'B')}, of which temporary {_quantity(temp, 'B')}"
+            f"{_milliseconds(expected)}."
+            if predicted is not None and temp is not None
+            else "Predicted: nothing; the log says why.",
             f"Of {len(self.rows)} parameter arrays, {backward} have no backward pass and for "
             f"{activations} no activation is saved.",
         ]
@@ -259,6 +269,14 @@ def _quantity(value: float, unit: str) -> str:
     return f"{number} {prefixes[power]}{unit}".strip()
 
 
+def _predicted_temp_bytes(jaxpr: Jaxpr, depth_first: bool) -> int | None:
+    try:
+        return predict_temp_bytes(inlined(jaxpr), depth_first)
+    except Exception as error:  # a step that cannot be predicted can be compiled all the same
+        _log.warning("the memory of a step could not be predicted: %r", error)
+        return None
+
+
 def make_report(
     update: Update,
     costs: dict[str, CompiledCost],
@@ -277,7 +295,7 @@ def make_report(
         full=_estimate(update, differentiate(update.traced, True), True),
         compiled=costs[chosen],
         flops=count_flops(traced),
-        temp_bytes=predict_temp_bytes(inlined(rewritten), bool(program.depth_first)),
+        temp_bytes=_predicted_temp_bytes(rewritten, bool(program.depth_first)),
         residuals=chosen,
         variants={name: cost.total_bytes for name, cost in costs.items()},
         rows=_rows(update, mask),

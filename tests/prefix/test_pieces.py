@@ -255,7 +255,9 @@ def test_a_step_that_cannot_be_predicted_is_compiled_all_the_same(
 
     monkeypatch.setattr("pockjax.training._forecast.best_order", fail)
     monkeypatch.setattr("pockjax.training._program.best_order", fail)
+    monkeypatch.setattr("pockjax.training._report.predict_temp_bytes", fail)
     params, mask, batch = wide()
     with caplog.at_level("WARNING", "pockjax"):
         step = pj.compile(network, mask, optax.sgd(0.1), params, *batch)
     assert step.report.front_pieces == 1 and "no such rule" in caplog.text
+    assert step.report.predicted_total_bytes is None and "Predicted: nothing" in str(step.report)
