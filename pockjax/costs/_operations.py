@@ -134,6 +134,21 @@ class Operations:
             if op.kind == "passed":
                 op.reads[0].held = op.reads[0].held or op.makes[0].held
         self._add("result", "result", results, [])
+        self._drop_dead()
+
+    def _drop_dead(self) -> None:
+        """Leaves out what no result depends on."""
+        alive: list[Op] = []
+        passed: set[Op | None] = set()
+        for op in reversed(self.ops):
+            ends = op.kind == "result" or (op.kind == "whole" and not op.makes)
+            if ends or op in passed or any(v.users for v in op.makes):
+                alive.append(op)
+                passed.add(op.barrier)
+            else:
+                for value in op.reads:
+                    value.users.remove(op)
+        self.ops = alive[::-1]
 
     def _argument(self, var: Var) -> Value:
         return Value(size_in_bytes(var.aval), shape_of(var), held=True, written=True)

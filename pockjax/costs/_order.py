@@ -15,8 +15,7 @@ def _nodes(program: Program) -> list[Node]:
     return [
         (op, written)
         for op in program.ops
-        if (written := [v for v in op.makes if v.written and (op.barrier is None or v.users)])
-        or op.kind in ("barrier", "result")
+        if (written := [v for v in op.makes if v.written]) or op.kind in ("barrier", "result")
     ]
 
 
