@@ -87,7 +87,7 @@ def _many(step: pj.Step, state: pj.State, four: tuple[jax.Array, ...], times: in
 
 
 def main(config: Config) -> None:
-    """Measures and writes the table."""
+    """Measures, and writes the table after each model."""
     memory = "kept" if pj.keep_memory() else "taken anew"
     lines = [
         f"# Updates within the backward pass (memory {memory})",
@@ -95,8 +95,8 @@ def main(config: Config) -> None:
     ]  # fmt: skip
     for name in config.only:
         lines += rows(name, config)
-    with replacing(config.out) as path:
-        path.write_text("\n".join([*lines, ""]))
+        with replacing(config.out) as path:
+            path.write_text("\n".join([*lines, ""]))
 
 
 if __name__ == "__main__":
