@@ -188,12 +188,18 @@ class Program:
         )
 
 
-def _is_better_depth_first(jaxpr: Jaxpr) -> bool:
+def predicted[T](predict: Callable[[], T]) -> T | None:
+    """What is predicted; None, with a warning, where that fails, as no compile need fail for it."""
     try:
-        return best_order(inlined(jaxpr))[0]
-    except Exception as error:  # a step that cannot be predicted can be compiled all the same
+        return predict()
+    except Exception as error:
         _log.warning("the memory of a step could not be predicted: %r", error)
-        return False
+        return None
+
+
+def _is_better_depth_first(jaxpr: Jaxpr) -> bool:
+    found = predicted(lambda: best_order(inlined(jaxpr)))
+    return found is not None and found[0]
 
 
 def _runs(executable: Any, update: Update, batch: Any) -> Callable[[], Any]:

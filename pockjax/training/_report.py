@@ -1,14 +1,12 @@
 """What a step costs, predicted and compiled, and what the mask left out of it."""
 
 import json
-import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 
-from pockjax._compat import Jaxpr
 from pockjax._paths import flatten_with_paths
 from pockjax.autodiff import Fallback, Joint, differentiate, inlined
 from pockjax.costs import (
@@ -22,10 +20,8 @@ from pockjax.costs import (
 from pockjax.masks import describe, pack
 from pockjax.rewrites import DEFAULT_LIBRARY, Choice
 from pockjax.training._measure import Measurement
-from pockjax.training._program import Program
+from pockjax.training._program import Program, predicted
 from pockjax.training._update import Update
-
-_log = logging.getLogger("pockjax")
 
 
 @dataclass(frozen=True)
@@ -210,7 +206,7 @@ class Report:
     def _notes(self) -> list[str]:
         c, expected = self.compiled, self.expected
         temp = self.temp_bytes if expected is None else expected.temp_bytes
-        predicted = self.predicted_total_bytes
+        whole = self.predicted_total_bytes
         total, arguments, results, alias, temporary = (
             _quantity(n, "B")
             for n in (
@@ -223,9 +219,9 @@ class Report:
             f"temporary {temporary}; residuals: {self.residuals}"
             f"{', run depth first' * self.depth_first}"
             f"{f'; frozen front in {self.front_pieces} pieces' * (self.front_pieces > 1)}.",
-            f"Predicted: {_quantity(predicted, 'B')}, of which temporary {_quantity(temp, 'B')}"
+            f"Predicted: {_quantity(whole, 'B')}, of which temporary {_quantity(temp, 'B')}"
             f"{_milliseconds(expected)}."
-            if predicted is not None and temp is not None
+            if whole is not None and temp is not None
             else "Predicted: nothing; the log says why.",
             f"Of {len(self.rows)} parameter arrays, {backward} have no backward pass and for "
             f"{activations} no activation is saved.",
@@ -269,14 +265,6 @@ def _quantity(value: float, unit: str) -> str:
     return f"{number} {prefixes[power]}{unit}".strip()
 
 
-def _predicted_temp_bytes(jaxpr: Jaxpr, depth_first: bool) -> int | None:
-    try:
-        return predict_temp_bytes(inlined(jaxpr), depth_first)
-    except Exception as error:  # a step that cannot be predicted can be compiled all the same
-        _log.warning("the memory of a step could not be predicted: %r", error)
-        return None
-
-
 def make_report(
     update: Update,
     costs: dict[str, CompiledCost],
@@ -295,7 +283,9 @@ def make_report(
         full=_estimate(update, differentiate(update.traced, True), True),
         compiled=costs[chosen],
         flops=count_flops(traced),
-        temp_bytes=_predicted_temp_bytes(rewritten, bool(program.depth_first)),
+        temp_bytes=predicted(
+            lambda: predict_temp_bytes(inlined(rewritten), bool(program.depth_first))
+        ),
         residuals=chosen,
         variants={name: cost.total_bytes for name, cost in costs.items()},
         rows=_rows(update, mask),
