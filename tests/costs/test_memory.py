@@ -226,3 +226,21 @@ def test_arrays_are_placed_as_xla_places_them(lowest: int, depth_first: bool) ->
     step = jax.make_jaxpr(update.step(True, True))(update.example_state, *update.batch)
     predicted = predict_temp_bytes(inlined(step), depth_first)
     assert predicted == pytest.approx(CompiledCost.of(executable).temp_bytes, rel=0.02, abs=4096)
+
+
+def test_arrays_of_one_size_are_placed_by_how_long_they_live() -> None:
+    """Three arrays where two would do."""
+
+    def loss(params: Any, x: Any) -> Any:
+        for i, layer in enumerate(params):
+            x = x @ layer["w"] + layer["b"]
+            x = jax.nn.relu(x) if i < LAYERS - 1 else x
+        return jnp.mean(x**2)
+
+    mask = [{"w": False, "b": i == LAYERS - 1} for i in range(LAYERS)]
+    x = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)
+    update = Options(rewrites="none").update(loss, mask, optax.adam(1e-3), layers(), (x,))
+    _, executable = Program(True, True, None, False).compiled(update)
+    step = jax.make_jaxpr(update.step(True, True))(update.example_state, *update.batch)
+    compiled = CompiledCost.of(executable).temp_bytes
+    assert predict_temp_bytes(inlined(step)) == pytest.approx(compiled, rel=0.02)
