@@ -1,6 +1,6 @@
 """What choices of units take: predicted, compiled, and predicted better for what was compiled."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -24,6 +24,8 @@ from pockjax.training import compile as compile_step
 
 PyTree = Any
 type Chosen = tuple[int, ...]
+
+_PREDICTED = 8  # single units that may be the cheapest, predicted in full
 
 
 class Choices:
@@ -65,6 +67,7 @@ class Choices:
         self.groups = tuple(map(tuple, members.values()))
         self._costs = CostModel(fun, tx, params, *self._batch, **options)
         self._predictions: dict[tuple[Chosen, Plan], Prediction] = {}
+        self._alone: dict[int, Prediction] = {}
         self._compiled: dict[tuple[Chosen, Plan], tuple[Step, dict[str, float]]] = {}
 
     def _valued(self, sens: Sensitivity) -> tuple[tuple[Unit, ...], np.ndarray]:
@@ -109,13 +112,31 @@ class Choices:
     def predict_each(self, progress: Callable[[int], Any]) -> list[Prediction]:
         """What each unit takes alone, apart from how the peak of memory grows."""
         masks = [self.mask((u,)) for u in range(len(self.units))]
-        return self._costs.predict_each(masks, [0] * len(masks), progress)
+        self._alone.update(enumerate(self._costs.predict_each(masks, [0] * len(masks), progress)))
+        return [self._alone[u] for u in range(len(masks))]
+
+    def cheapest(self, plan: Plan, limits: Mapping[str, float]) -> int:
+        """The unit that comes nearest to limits, alone.
+
+        Only those are predicted in full that come nearest by what was counted of each.
+        """
+
+        def excess(found: Mapping[str, float]) -> float:
+            return max((found[name] / limits[name] for name in found), default=0.0)
+
+        def roughly(u: int) -> float:
+            return excess(self._named(self._alone[u], limits))
+
+        nearest = sorted(range(len(self.units)), key=roughly)[:_PREDICTED]
+        return min(nearest, key=lambda u: (excess(self.expected((u,), plan, limits)), u))
 
     def predicted(
         self, chosen: Sequence[int], plan: Plan, names: Iterable[str]
     ) -> dict[str, float]:
         """The same by name, without latency where the cost model knows no times."""
-        prediction = self.predict(chosen, plan)
+        return self._named(self.predict(chosen, plan), names)
+
+    def _named(self, prediction: Prediction, names: Iterable[str]) -> dict[str, float]:
         return {
             name: self._quantity(name, prediction)
             for name in names

@@ -317,8 +317,8 @@ class Search:
                 if best is not None or all(np.isinf(b) for b in bounds.values()):
                     break
                 # The linear costs may be too high: begin with the cheapest choice.
-                cheapest = self._cheapest(surrogate, limits)
-                solution = Solution.of(problem, cheapest)
+                cheapest = self._choices.cheapest(plan, limits)
+                solution = Solution.of(problem, (cheapest,))
             if solution.chosen in tried:
                 break
             tried.add(solution.chosen)
@@ -338,15 +338,6 @@ class Search:
                 if "latency" in limits and "latency" not in expected:
                     break  # compile it: that gives the factor
         return best
-
-    def _cheapest(self, surrogate: Surrogate, limits: Mapping[str, float]) -> tuple[int, ...]:
-        """The unit that comes nearest to the limits, alone."""
-
-        def excess(u: int) -> tuple[float, int]:
-            expected = self._choices.expected((u,), surrogate.plan, limits)
-            return max((expected[k] / limits[k] for k in expected), default=0.0), u
-
-        return (min(range(len(self._choices.units)), key=excess),)
 
     def _attempt(self, solution: Solution, plan: Plan, limits: Mapping[str, float]) -> Attempt:
         predicted = self._choices.predicted(solution.chosen, plan, limits)
@@ -369,8 +360,8 @@ class Search:
         problem = self._problem(())
         compiled = []
         for surrogate in self._fitted(limits):
-            chosen = self._cheapest(surrogate, limits)
-            attempt = self._attempt(Solution.of(problem, chosen), surrogate.plan, limits)
+            cheapest = Solution.of(problem, (self._choices.cheapest(surrogate.plan, limits),))
+            attempt = self._attempt(cheapest, surrogate.plan, limits)
             attempts.append(attempt)
             if attempt.keeps:
                 return attempt
