@@ -8,6 +8,9 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from pockjax._allocator import keep_memory as keep_memory
+from pockjax.adapters import AdaptedFunction as AdaptedFunction
+from pockjax.adapters import AdaptedParams as AdaptedParams
+from pockjax.adapters import adapt as adapt
 from pockjax.autodiff import Fallback as Fallback
 from pockjax.autodiff import grad as grad
 from pockjax.autodiff import value_and_grad as value_and_grad

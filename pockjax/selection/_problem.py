@@ -74,6 +74,19 @@ class Problem:
         named = flatten_with_paths(self.params)[0]
         return {path: _wide(x) for path, x in named if path in wanted}
 
+    def refuse_adapters(self, criterion: str) -> None:
+        """For criteria that read the values of what is trained: new adapters are zero.
+
+        Raises:
+            ValueError: a unit is an adapter.
+        """
+        for unit in self.units:
+            if unit.kind == "adapter":
+                raise ValueError(
+                    f"{criterion} says nothing of '{unit.name}', whose product is zero before it "
+                    "is trained: measure adapters by finetune, taylor, gradnorm or snr"
+                )
+
     def positions(self, path: str, entry: bool | Part) -> Positions:
         """Which positions along each axis an entry trains."""
         return positions(entry, self.shapes[path], path)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 
 from pockjax._paths import flatten_with_paths
+from pockjax.adapters import AdaptedParams
 from pockjax.autodiff import inlined, is_array, trace
 from pockjax.masks import Part
 from pockjax.masks import mask as make_mask
@@ -117,6 +118,8 @@ def units(
     layers, as in PockEngine (Zhu et al., MICRO 2023, arXiv:2310.17752). A layer is where
     activations meet a weight; what it is called, and which library made it, does not matter. Of
     weights stacked along a first axis that `jax.lax.scan` goes over, each layer has its own units.
+    Of a function that `adapt` has given adapters, each adapter is one more choice in the group of
+    its weight.
 
     Args:
         fun: ``fun(params, *batch)``, a loss or a model; it is traced once and not run.
@@ -146,9 +149,13 @@ def units(
     biases of the last 1 (('b', True),)
     """
     model = Model.of(fun, params, *batch, among=among)
-    found = [
-        unit for path, c in model.consumers for unit in _of_weight(model, path, c, ratios, axes)
-    ]
+    adapters = _of_adapters(model) if isinstance(params, AdaptedParams) else {}
+    found = []
+    for path, consumer in model.consumers:
+        if isinstance(params, AdaptedParams) and path.startswith("adapters/"):
+            found += adapters.pop(_adapter_of(path, consumer), [])
+        else:
+            found += _of_weight(model, path, consumer, ratios, axes)
     if biases not in ("cumulative", "each", "none"):
         raise ValueError(f"biases must be 'cumulative', 'each' or 'none', got {biases!r}")
     kinds = ("bias", "scale") if norms else ("bias",)
@@ -259,6 +266,34 @@ def _of_weight(
             )
 
 
+def _adapter_of(path: str, consumer: Consumer) -> str:
+    """Name of the weight beside which a factor of an adapter is."""
+    weight = path.removeprefix("adapters/").rpartition("/")[0]
+    return _layer_name(f"params/{weight}", consumer)
+
+
+def _of_adapters(model: Model) -> dict[str, list[Unit]]:
+    """By name of the weight, its adapter: both factors, in the weight's group."""
+    factors: dict[str, list[tuple[str, Consumer]]] = {}
+    for path, consumer in model.consumers:
+        if path.startswith("adapters/"):
+            factors.setdefault(_adapter_of(path, consumer), []).append((path, consumer))
+
+    def unit(weight: str, members: list[tuple[str, Consumer]]) -> Unit:
+        rows = {path: within(model.shapes[path], consumer.rows) for path, consumer in members}
+        return Unit(
+            name=f"{weight} adapter",
+            group=weight,
+            kind="adapter",
+            entries=tuple((path, as_entry(rows[path], model.shapes[path])) for path in rows),
+            depth=min(consumer.depth for _, consumer in members),
+            macs=sum(consumer.macs for _, consumer in members),
+            stacked=tuple(axis for axis, _ in members[0][1].rows),
+        )
+
+    return {weight: [unit(weight, members)] for weight, members in factors.items()}
+
+
 def _axis_and_grain(
     consumer: Consumer, shape: tuple[int, ...], kind: Axis
 ) -> tuple[int | None, int]:
@@ -305,6 +340,8 @@ def _layer_name(path: str, consumer: Consumer) -> str:
 
 def _batch_statistics(params: PyTree) -> frozenset[str]:
     """Paths of Flax's batch statistics, of linen (a collection) and NNX (a type of variable)."""
+    if isinstance(params, AdaptedParams):
+        return frozenset(f"params/{path}" for path in _batch_statistics(params.params))
     found = [p for p, _ in flatten_with_paths(params)[0] if p.split("/")[0] == "batch_stats"]
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None:

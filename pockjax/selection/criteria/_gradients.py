@@ -59,6 +59,7 @@ def fisher(problem: Problem, seed: int) -> Elements:
     be worth more even where both fit. Sums of such ratios say nothing, either: one table that is
     only looked up has hardly any multiplications, and would outweigh the rest of a network.
     """
+    problem.refuse_adapters("fisher")
     channels = _channels(problem)
     found = moments(problem, seed, ("potential",), channels)["potential"]
 

@@ -9,6 +9,7 @@ from pockjax.selection.criteria._registry import Elements, criterion, per_elemen
 @per_element("magnitude", finish=np.sqrt)
 def magnitude(problem: Problem, seed: int) -> Elements:
     """The norm of the weights; of channels, the sum of squares. Every seed says the same."""
+    problem.refuse_adapters("magnitude")
     return {path: np.square(w) for path, w in problem.weights.items()}
 
 

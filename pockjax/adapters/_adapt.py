@@ -1,0 +1,215 @@
+"""Low-rank adapters for any function."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pockjax._compat import JaxprEqn
+from pockjax._paths import flatten_with_paths
+from pockjax.adapters._sites import Site
+from pockjax.adapters._walk import Pairs, Walk, made_of_inputs, sizes_of
+from pockjax.autodiff import Primal, is_array, trace
+from pockjax.masks import Part
+from pockjax.masks import mask as make_mask
+
+PyTree = Any
+
+
+class AdaptedParams(NamedTuple):
+    """Parameters, and the adapters beside them.
+
+    Attributes:
+        params: the parameters as they were.
+        adapters: by path of the weight, its factors ``a`` and ``b``.
+    """
+
+    params: PyTree
+    adapters: dict[str, dict[str, jax.Array]]
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedFunction:
+    """A function of `AdaptedParams`; see `adapt`.
+
+    Attributes:
+        fun: the function of the parameters alone.
+        scale: what adapters are multiplied by.
+        left_out: paths of the arrays of two axes and more without an adapter, and why.
+    """
+
+    fun: Callable[..., Any]
+    scale: float
+    left_out: dict[str, str]
+    _sites: dict[str, Site]
+
+    def __call__(self, params: AdaptedParams, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns where the adapters add to its weights."""
+        primal = trace(self.fun, params.params, args, kwargs, scalar=False)
+        tree = primal.params
+        named = _named(params.params)
+        place = {path: i for i, (path, _) in enumerate(named)}
+        pairs: Pairs = {place[path]: (f["a"], f["b"]) for path, f in params.adapters.items()}
+        inputs = [*tree.arrays, *primal.args.arrays]
+        outs, _ = _walk(primal, self.scale).run(
+            primal.jaxpr, inputs, made_of_inputs(len(named), primal.jaxpr), pairs
+        )
+        return primal.outputs(outs)[0]
+
+    def merge(self, params: AdaptedParams) -> PyTree:
+        """The parameters with which the function alone returns the same.
+
+        Args:
+            params: parameters and trained adapters.
+
+        Raises:
+            ValueError: a weight is computed with before it meets the activations (it is
+                dequantised, say), so that nothing can be added to the parameter itself.
+        """
+        added = {}
+        for path, factors in params.adapters.items():
+            param = dict(_named(params.params))[path]
+            try:
+                delta = self._sites[path].weight(factors["a"], factors["b"], param)
+            except ValueError as error:
+                raise ValueError(f"the adapter of '{path}' cannot be merged: {error}") from None
+            added[path] = param + (self.scale * delta).astype(param.dtype)
+        named, treedef = flatten_with_paths(params.params)
+        return treedef.unflatten([added.get(path, leaf) for path, leaf in named])
+
+
+def adapt(
+    fun: Callable[..., Any],
+    params: PyTree,
+    *batch: Any,
+    rank: int = 8,
+    alpha: float | None = None,
+    among: Any = None,
+    seed: int = 0,
+) -> tuple[AdaptedFunction, AdaptedParams]:
+    """Puts a low-rank adapter beside each weight of a function.
+
+    LoRA (Hu et al., arXiv:2106.09685): where activations x meet a weight W, x·W becomes
+    x·W + (x·A)·B·alpha/rank. B is zero at first, so that nothing changes before it is trained; the
+    gradient of W, as large as W, is never computed. The products are found in the jaxpr, so that it
+    works for any model of any library: matrix products, also batched ones, convolutions without
+    groups (A is a convolution, B a 1×1 one), in loops (`jax.lax.scan`) over stacked layers, in
+    branches and checkpointed blocks. What it returns is a function and its parameters as any other:
+    `units` offers an adapter in the group of its weight, `mask` trains all of them by the rule
+    ``("adapters/.*", "all")``, the parameters themselves are found under ``params/``.
+
+    Args:
+        fun: ``fun(params, *batch)``, a loss or a model; it is traced once and not run.
+        params: arrays or shapes.
+        *batch: the other arguments, arrays or shapes.
+        rank: of each adapter.
+        alpha: what adapters are multiplied by, times ``rank``; default ``rank``.
+        among: the weights that get one, in any form that `pockjax.mask` takes; default all that
+            are larger than their adapter.
+        seed: for A, uniform within ±1/√(number of inputs).
+
+    Returns:
+        The function of `AdaptedParams`, which has ``merge`` for what was trained; and these.
+
+    Raises:
+        ValueError: no weight can have an adapter, or the rank is none.
+
+    >>> params = {"w": jnp.ones((64, 32)), "b": jnp.zeros(32)}
+    >>> model = lambda params, x: x @ params["w"] + params["b"]
+    >>> x = jnp.ones((2, 64))
+    >>> adapted, params = adapt(model, params, x, rank=4)
+    >>> jax.tree.map(jnp.shape, params.adapters)
+    {'w': {'a': (64, 4), 'b': (4, 32)}}
+    >>> bool(jnp.allclose(adapted(params, x), model(adapted.merge(params), x)))
+    True
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    primal = trace(fun, params, batch, scalar=False)
+    named = _named(params)
+    allowed = _allowed(params, among)
+    sites: dict[str, Site] = {}
+    left_out: dict[str, str] = {}
+    for leaf, uses in _uses(primal).items():
+        path = named[leaf][0]
+        site, why = _one_site(uses)
+        if not allowed[path]:
+            site, why = None, "not among those asked for"
+        elif site is not None:
+            size = math.prod(site.shape)
+            small = sum(map(math.prod, site.shapes(rank))) / math.prod(site.made.stack)
+            if small >= size:
+                site, why = None, f"an adapter of rank {rank} would be no smaller"
+        if site is None:
+            left_out[path] = why
+        else:
+            sites[path] = site
+    for path, leaf in named:
+        if len(leaf.shape) > 1 and path not in sites:
+            left_out.setdefault(path, "it meets no activations in a product")
+    left_out = {p: left_out[p] for p, leaf in named if p in left_out and len(leaf.shape) > 1}
+    if not sites:
+        reasons = "; ".join(f"'{path}': {why}" for path, why in left_out.items())
+        raise ValueError(f"no weight can have an adapter ({reasons or 'there are none'})")
+    keys = jax.random.split(jax.random.key(seed), len(sites))
+    adapters = {
+        path: _new(site, rank, dict(named)[path].dtype, key)
+        for (path, site), key in zip(sorted(sites.items()), keys, strict=True)
+    }
+    scale = 1.0 if alpha is None else alpha / rank
+    return AdaptedFunction(fun, scale, left_out, sites), AdaptedParams(params, adapters)
+
+
+def _named(params: PyTree) -> list[tuple[str, Any]]:
+    return [(path, leaf) for path, leaf in flatten_with_paths(params)[0] if is_array(leaf)]
+
+
+def _allowed(params: PyTree, among: Any) -> dict[str, bool]:
+    if among is None:
+        return {path: True for path, _ in _named(params)}
+    found = make_mask(params, among)
+    named = flatten_with_paths(found, is_leaf=lambda node: isinstance(node, Part))[0]
+    return {path: entry is not False for path, entry in named}
+
+
+def _walk(primal: Primal, scale: float = 1.0, **note: Any) -> Walk:
+    return Walk(sizes_of(len(primal.params.arrays), primal.jaxpr), scale, **note)
+
+
+def _uses(primal: Primal) -> dict[int, list[tuple[str, Site | None]]]:
+    """Of each parameter, the operations that read it with activations, and their sites."""
+    found: dict[int, list[tuple[str, Site | None]]] = {}
+
+    def note(leaf: int, eqn: JaxprEqn, site: Site | None) -> None:
+        uses = found.setdefault(leaf, [])
+        if site is None or not any(other is not None and site.like(other) for _, other in uses):
+            uses.append((eqn.primitive.name, site))
+
+    walk, n = _walk(primal, note=note), len(primal.params.arrays)
+    made = made_of_inputs(n, primal.jaxpr)
+    jax.eval_shape(
+        lambda *args: walk.run(primal.jaxpr, args, made, {})[0],
+        *primal.params.arrays, *primal.args.arrays,
+    )  # fmt: skip
+    return found
+
+
+def _one_site(uses: list[tuple[str, Site | None]]) -> tuple[Site | None, str]:
+    """The site that serves all uses; None, and why, if there is none."""
+    for name, site in uses:
+        if site is None:
+            return None, f"it is read by {name}"
+    if len(uses) > 1:
+        return None, "it is read by several products in different ways"
+    return uses[0][1], ""
+
+
+def _new(site: Site, rank: int, dtype: Any, key: jax.Array) -> dict[str, jax.Array]:
+    shape_a, shape_b = site.shapes(rank)
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else site.dtype
+    bound = 1 / math.sqrt(math.prod(site.sizes(site.contracted)))
+    a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound).astype(dtype)
+    return {"a": a, "b": jnp.zeros(shape_b, dtype)}
