@@ -1,6 +1,9 @@
 """Which forms a convolution can take, the likeliest to be the fastest first."""
 
+from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
+from types import MappingProxyType
 
 from pockjax.rewrites._convolution import Convolution
 from pockjax.rewrites._depthwise import multiply_adds, row_blocks
@@ -12,7 +15,8 @@ ORIGINAL = "convolution"
 """The name of the form that was asked for."""
 
 
-def candidates(conv: Convolution) -> dict[str, Form]:
+@lru_cache(maxsize=4096)
+def candidates(conv: Convolution) -> Mapping[str, Form]:
     """The forms by name, that which was asked for among them; the first is a guess without timing.
 
     The guesses are those of a CPU, where XLA computes depthwise and grouped convolutions and the
@@ -37,4 +41,4 @@ def candidates(conv: Convolution) -> dict[str, Form]:
         found["products of taps"] = gradient_dots(conv)
         found["phases"] = phases(conv, lambda part: part.apply)
     found.setdefault(ORIGINAL, conv.apply)
-    return {name: form for name, form in found.items() if form is not None}
+    return MappingProxyType({name: form for name, form in found.items() if form is not None})

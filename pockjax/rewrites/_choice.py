@@ -1,6 +1,7 @@
 """Which form of a convolution is the fastest here: timed once, and remembered on disk."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
@@ -131,7 +132,7 @@ def _timings(conv: Convolution) -> dict[str, Timing]:
     return timings
 
 
-def _read(content: dict[str, Any] | None, forms: dict[str, Form]) -> dict[str, Timing] | None:
+def _read(content: dict[str, Any] | None, forms: Mapping[str, Form]) -> dict[str, Timing] | None:
     """Timings from disk; None if there are none, or none that can be made sense of."""
     try:
         timings = {} if content is None else content["timings"]
@@ -143,7 +144,7 @@ def _read(content: dict[str, Any] | None, forms: dict[str, Form]) -> dict[str, T
     return found if ORIGINAL in found and found.keys() <= forms.keys() else None
 
 
-def _measure(conv: Convolution, forms: dict[str, Form]) -> dict[str, Timing]:
+def _measure(conv: Convolution, forms: Mapping[str, Form]) -> dict[str, Timing]:
     """Time each form."""
     generator = np.random.default_rng(0)
     # Whatever is being traced just now is none of the timed programs' business.

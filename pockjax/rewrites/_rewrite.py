@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import jax
@@ -118,8 +118,9 @@ class Rewriter:
             eqn = eqn.replace(invars=[current(atom) for atom in eqn.invars])
             conv = None if _is_sharded(eqn) else Convolution.of(eqn)
             form = None if conv is None else self._form(conv)
-            if conv is not None and form is not None:
-                made = jax.make_jaxpr(form)(*(v.aval for v in eqn.invars))
+            if form is not None:
+                settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+                made = _traced(form, tuple(v.aval for v in eqn.invars), settings)
                 [instead[eqn.outvars[0]]] = spliced(made, eqn.invars, eqns)
             elif eqn.primitive.name in _ENTERED and (inner := subjaxprs(eqn)):
                 params = with_subjaxprs(eqn, [self.rewritten(body) for body in inner])
@@ -133,6 +134,13 @@ class Rewriter:
         choice, form = choose(conv, measure=self.measure, memory=self.memory)
         self.choices.append(choice)
         return None if choice.is_original else form
+
+
+@lru_cache(maxsize=4096)
+def _traced(form: Form, avals: tuple[Any, ...], settings: tuple[Any, ...]) -> Jaxpr:
+    """A form's operations; networks repeat their layers, and a search rewrites the same ones."""
+    del settings  # under which it is traced: another key
+    return jax.make_jaxpr(form)(*avals)
 
 
 def _is_sharded(eqn: JaxprEqn) -> bool:
