@@ -19,6 +19,7 @@ from pockjax.autodiff._indices import IndexedMask
 from pockjax.autodiff._jaxprs import evaluated, inlined, size_in_bytes
 from pockjax.autodiff._remat import Plan, Recomputable, best_plan, marked
 from pockjax.autodiff._residuals import Split, split_passes
+from pockjax.autodiff._start import before_trained, joined, weights_alone
 from pockjax.autodiff._thin import thin_scans
 from pockjax.masks import Block, resolve
 
@@ -232,10 +233,13 @@ def differentiate(primal: Primal, mask: PyTree) -> Joint:
     whole = [i for i, (block, _) in enumerate(known) if block is True]
     parts = {i: block for i, (block, _) in enumerate(known) if isinstance(block, Block)}
     deltas = [jax.ShapeDtypeStruct(b.packed_shape, inputs[i].dtype) for i, b in parts.items()]
+    before, jaxpr = before_trained(jaxpr, {*whole, *parts})
+    of_weights = weights_alone(before, n_params)
     ctx = Context()
 
     def joint(*flat: Any) -> list[Any]:
         arrays, flat = flat[: len(inputs)], flat[len(inputs) :]
+        known, flat = flat[: len(of_weights)], flat[len(of_weights) :]
         deltas, seeds = flat[: len(parts)], flat[len(parts) :]
         blocks = entries(arrays[n_in:])
 
@@ -245,6 +249,7 @@ def differentiate(primal: Primal, mask: PyTree) -> Joint:
                 values[i] = Value(x, live=True, weight=True)
             for i, delta in zip(parts, deltas, strict=True):
                 values[i] = carrying(arrays[i], [Term(delta, *blocks[i])], [values[i]])
+            values += [Value(x, weight=yes) for x, yes in zip(known, of_weights, strict=True)]
             outs = [v.dense() for v in expose(ctx, jaxpr, values)]
             return outs[:n_out], outs[n_out:]
 
@@ -253,7 +258,8 @@ def differentiate(primal: Primal, mask: PyTree) -> Joint:
         return [*outs, *aux, *jax.tree.leaves(vjp_fn(list(seeds)))]
 
     seeds = [jax.ShapeDtypeStruct(a.shape, tangent_dtype(a)) for a in primal.out_avals]
-    traced = jax.make_jaxpr(joint)(*inputs, *deltas, *seeds)
+    traced = jax.make_jaxpr(joint)(*inputs, *before.out_avals, *deltas, *seeds)
+    traced = joined(before, traced, len(inputs))
     zeros = [len(inputs) <= i < len(inputs) + len(deltas) for i in range(len(traced.invars))]
     folded, _ = fold(traced, zeros)
     folded = folded.replace(
