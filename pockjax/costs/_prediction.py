@@ -1,7 +1,8 @@
 """What a mask is expected to cost, before anything is compiled for it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,18 @@ class Prediction:
     def as_dict(self) -> dict[str, float | None]:
         """The fields, for JSON."""
         return asdict(self)
+
+    def towards(self, other: "Prediction", share: float) -> "Prediction":
+        """A prediction between two: this for a ``share`` of 0, the other for 1."""
+
+        def mixed(a: Any, b: Any) -> Any:
+            if a is None or b is None:
+                return None
+            value = a + share * (b - a)
+            return round(value) if isinstance(a, int) else value
+
+        names = [field.name for field in fields(self)]
+        return Prediction(**{n: mixed(getattr(self, n), getattr(other, n)) for n in names})
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from pockjax.training import compile as compile_step
 PyTree = Any
 type Chosen = tuple[int, ...]
 
-_PREDICTED = 8  # single units that may be the cheapest, predicted in full
+_PREDICTED = 4  # single units that may be the cheapest, predicted in full
 
 
 class Choices:
@@ -111,9 +111,34 @@ class Choices:
 
     def predict_each(self, progress: Callable[[int], Any]) -> list[Prediction]:
         """What each unit takes alone, apart from how the peak of memory grows."""
-        masks = [self.mask((u,)) for u in range(len(self.units))]
-        self._alone.update(enumerate(self._costs.predict_each(masks, [0] * len(masks), progress)))
-        return [self._alone[u] for u in range(len(masks))]
+        between = self._between()
+        ends = [u for u in range(len(self.units)) if u not in between]
+        masks = [self.mask((u,)) for u in ends]
+        made = self._costs.predict_each(masks, [0] * len(masks), progress)
+        self._alone.update(zip(ends, made, strict=True))
+        for u, (low, high) in between.items():
+            ratio, least, most = (self.units[i].ratio for i in (u, low, high))
+            share = (ratio - least) / (most - least)
+            self._alone[u] = self._alone[low].towards(self._alone[high], share)
+        return [self._alone[u] for u in range(len(self.units))]
+
+    def _between(self) -> dict[int, tuple[int, int]]:
+        """Parts of a weight, and the smallest part and the whole.
+
+        What a part takes grows with its channels; to differentiate the loss for each takes longer.
+        """
+        found: dict[int, tuple[int, int]] = {}
+        for members in self.groups:
+            by_axis: dict[tuple[str, int | None], list[int]] = {}
+            for u in members:
+                if self.units[u].kind == "weight":
+                    by_axis.setdefault((self.units[u].group, self.units[u].axis), []).append(u)
+            for (group, axis), parts in by_axis.items():
+                whole = by_axis.get((group, None), [])
+                if axis is not None and whole:
+                    low = min(parts, key=lambda u: self.units[u].ratio)
+                    found |= {u: (low, whole[0]) for u in parts if u != low}
+        return found
 
     def cheapest(self, plan: Plan, limits: Mapping[str, float]) -> int:
         """The unit that comes nearest to limits, alone.

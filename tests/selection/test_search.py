@@ -287,3 +287,18 @@ def test_other_sensitivities_of_the_same_units_share_the_costs():
     assert str(search.find(budget).scheme) == first
     with pytest.raises(ValueError, match="other units"):
         search.by(_sensitivity(sens.units[1:]))
+
+
+@pytest.mark.parametrize("axes", [("in",), ("out",)])
+def test_parts_between_the_smallest_and_the_whole_are_as_if_each_was_differentiated(axes):
+    loss, params, batch, _ = _mlp()
+    found = units(loss, params, *batch, ratios=[1, 0.5, 0.25, 0.125], axes=axes)
+    choices = Search(loss, params, batch, _sensitivity(found), tx=_TX, **_OPTIONS)._choices
+    between = choices._between()
+    assert len(between) == 6
+    masks = [choices.mask((u,)) for u in range(len(found))]
+    wanted = pj.CostModel(loss, _TX, params, *batch, **_OPTIONS).predict_each(
+        masks, [0] * len(masks)
+    )
+    for unit, one, other in zip(found, choices.predict_each(lambda n: None), wanted, strict=True):
+        assert one == other, unit.name
