@@ -175,6 +175,14 @@ def of_what_is_used(x, w):
     return jnp.sum(x, axis=0)
 
 
+def of_sums_of_sums(x: Any, w: Any) -> Any:
+    """Who reads an array last is changed by fusion: it decides what is run first."""
+    first = 2 * x + 1
+    second = 2 * (x + first)
+    product = second @ w
+    return jnp.sum(first + second), jnp.sum(product), jnp.sum(product * product)
+
+
 PROGRAMS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "used": (of_what_is_used, (jnp.ones((512, 256)), jnp.ones((256, 256)))),
     "moved rows": (of_moved_rows, (jnp.ones((512, 256)), jnp.ones((512, 256)))),
@@ -182,6 +190,7 @@ PROGRAMS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "small image": (of_a_small_image, (jnp.ones((8, 2, 2, 128)), jnp.ones((3, 3, 128, 128)))),
     "embedding": (of_an_embedding, (jnp.ones((5000, 32)), jnp.zeros(64, jnp.int32))),
     "gelu": (of_gelu, (jnp.ones((512, 64)), jnp.ones((64, 256)))),
+    "sums": (of_sums_of_sums, (jnp.ones((512, 128)), jnp.ones((128, 128)))),
     "tanh": (of_tanh, (jnp.ones((512, 64)), jnp.ones((64, 256)))),
 }
 
