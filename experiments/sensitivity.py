@@ -30,7 +30,7 @@ from pockjax import models
 from pockjax._files import replacing
 from pockjax.data import evaluation_batches, read_images
 from pockjax.models._preprocess import IMAGENET_MEAN, IMAGENET_STD
-from pockjax.selection import Sensitivity, Unit, sensitivity, units
+from pockjax.selection import Search, Sensitivity, Unit, sensitivity, units
 
 SIDE, BATCH, EPOCHS = 128, 8, 10
 
@@ -198,6 +198,17 @@ def timing(setup: Setup) -> dict[str, float]:
         setup.measure(criterion, seeds=[0], progress=False)
         found[f"{criterion}_s"] = time.perf_counter() - start
         found[f"{criterion}_over_full_epoch"] = found[f"{criterion}_s"] / epoch
+    # What follows measuring: a choice in the memory of the published scheme, compiled.
+    memory = pj.compile(
+        setup.loss, scheme, optax.sgd(config.rate), params, *batch, rewrites="guessed"
+    )
+    budget = pj.Budget(memory=memory.report.compiled.total_bytes)
+    sens, start = setup.measure("taylor", seeds=[0], progress=False), time.perf_counter()
+    options = {"tx": optax.sgd(config.rate), "rewrites": "guessed"}
+    made = Search(setup.loss, params, batch, sens, **options).find(budget)
+    found["search_s"] = time.perf_counter() - start
+    found["search_compiled"] = float(len(made.attempts))
+    found["search_over_full_epoch"] = found["search_s"] / epoch
     return found
 
 
