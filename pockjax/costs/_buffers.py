@@ -14,9 +14,10 @@ those are followed here that decide about large arrays:
 """
 
 import math
+from collections.abc import Callable
 
 from pockjax._compat import Jaxpr, JaxprEqn, scan_arity, subjaxprs
-from pockjax.costs._operations import EXPENSIVE, SPREAD, Op, Operations, Value
+from pockjax.costs._operations import EXPENSIVE, SPREAD, Bytes, Op, Operations, Value
 
 # YNNPACK has no such functions: reductions of them are loops, which repeat numbers themselves.
 _CHOOSING = frozenset("and eq ge gt le lt ne not or select_n xor".split())
@@ -34,30 +35,31 @@ class Program:
     """
 
     def __init__(
-        self, jaxpr: Jaxpr, results_held: bool = True, depth: bool = False, slices: int = 0
+        self,
+        jaxpr: Jaxpr,
+        bytes_of: Callable[[Jaxpr, bool, int], Bytes],
+        results_held: bool = True,
+        slices: int = 0,
     ):
         """Follows a jaxpr.
 
         Args:
             jaxpr: of the whole program.
+            bytes_of: the arrays of a program within it, given what follows here.
             results_held: whether results have memory of their own, as those written over donated
                 arguments have.
-            depth: whether operations of loops' bodies are run depth first, see `peak_bytes`.
             slices: how many of the last arguments are slices of larger arrays.
         """
 
-        def inner_bytes(eqn: JaxprEqn) -> int:
-            from pockjax.costs._liveness import peak_bytes
-
+        def inner_bytes(eqn: JaxprEqn) -> Bytes:
             scan = eqn.primitive.name == "scan"
             kept = sum(scan_arity(eqn)) if scan else 0
-            return max(
-                (
-                    peak_bytes(body, not scan, depth, len(body.invars) - kept if scan else 0)
-                    for body in subjaxprs(eqn)
-                ),
-                default=0,
-            )
+            found = [
+                bytes_of(body, not scan, len(body.invars) - kept if scan else 0)
+                for body in subjaxprs(eqn)
+            ]
+            breadth, depth = zip((0, 0), *found, strict=True)
+            return max(breadth), max(depth)
 
         operations = Operations(jaxpr, results_held, inner_bytes, slices)
         self.ops, self.arguments = operations.ops, operations.arguments

@@ -6,7 +6,7 @@ import numpy as np
 
 from pockjax._compat import Jaxpr
 from pockjax.costs._buffers import Program
-from pockjax.costs._operations import Op, Value
+from pockjax.costs._operations import Bytes, Op, Value
 from pockjax.costs._order import Node, breadth_first, depth_first, numbers
 
 _ALIGNMENT = 64
@@ -41,23 +41,26 @@ class Interval:
         self.first_end = time if self.first_end is None else self.first_end
 
 
-def peak_bytes(
-    jaxpr: Jaxpr, results_held: bool = True, depth: bool = False, slices: int = 0
-) -> int:
-    """Bytes of the arrays between arguments and results.
+def peak_bytes(jaxpr: Jaxpr, results_held: bool = True, slices: int = 0) -> Bytes:
+    """Bytes of the arrays between arguments and results, run breadth first and depth first.
 
     Args:
         jaxpr: of the whole program.
         results_held: whether the results have memory of their own.
-        depth: whether operations are run depth first instead of breadth first.
         slices: how many of the last arguments are slices of larger arrays, as those of a loop are.
     """
-    program = Program(jaxpr, results_held, depth, slices)
-    order = depth_first(program) if depth else breadth_first(program)
-    return packed_bytes(intervals(program, order))
+    program = Program(jaxpr, peak_bytes, results_held, slices)
+    number = numbers(program, program.sources)
+    breadth, depth = (
+        packed_bytes(_intervals(program, order(program), number, which))
+        for which, order in enumerate((breadth_first, depth_first))
+    )
+    return breadth, depth
 
 
-def intervals(program: Program, order: list[Node]) -> list[Interval]:
+def _intervals(
+    program: Program, order: list[Node], number: dict[Op, int], which: int
+) -> list[Interval]:
     """When the memory of each array is in use."""
     home: dict[Value, Interval] = {}
     found: list[Interval] = []
@@ -70,7 +73,6 @@ def intervals(program: Program, order: list[Node]) -> list[Interval]:
         if op.kind == "passed":
             [made], [read] = op.makes, op.reads
             last[read] = max(last[read], last.get(made, 0))
-    number = numbers(program, program.sources)
     ending: dict[int, list[Interval]] = {}
     time = 0
     for i, (op, makes) in enumerate(order):
@@ -94,8 +96,8 @@ def intervals(program: Program, order: list[Node]) -> list[Interval]:
             host.last = last.get(value, i)
             ending.setdefault(host.last, []).append(host)
             home[value] = host
-        if op.inner_bytes:
-            found.append(Interval(op.inner_bytes, number[op], time, time, time, i))
+        if inner := op.inner_bytes[which]:
+            found.append(Interval(inner, number[op], time, time, time, i))
             time += 1
         for host in sorted(ending.get(i, ()), key=lambda x: x.start):
             host.ends(time)

@@ -74,7 +74,7 @@ def best_order(jaxpr: Jaxpr) -> tuple[bool, int]:
     Returns:
         Whether depth first is predicted to take clearly less, and the temporary bytes predicted.
     """
-    breadth, depth = (predict_temp_bytes(jaxpr, depth_first) for depth_first in (False, True))
+    breadth, depth = peak_bytes(jaxpr)
     clearly = depth < min(_WORTH_ANOTHER_ORDER * breadth, breadth - _PAGE)
     return (True, depth) if clearly else (False, breadth)
 
@@ -99,4 +99,4 @@ def predict_temp_bytes(jaxpr: Jaxpr, depth_first: bool = False) -> int:
     >>> CompiledCost.of(jax.jit(two_layers).lower(x, w).compile()).temp_bytes
     65536
     """
-    return peak_bytes(jaxpr, depth=depth_first)
+    return peak_bytes(jaxpr)[depth_first]

@@ -34,6 +34,10 @@ _INDEXED = frozenset(
 )
 
 
+type Bytes = tuple[int, int]
+"""Of a program run breadth first, and depth first."""
+
+
 @dataclass(eq=False)
 class Value:
     """An array of the program.
@@ -65,7 +69,7 @@ class Op:
             ``"barrier"`` and ``"result"`` read what must have been written.
         reads: its operands.
         makes: its results.
-        inner_bytes: of arrays that live while it runs.
+        inner_bytes: of arrays that live while it runs, in either order of what is inside.
         barrier: the one that it passes.
         expensive: whether it, or what can be fused into it, is.
         reduced: the reduction that takes it in, if one does.
@@ -77,7 +81,7 @@ class Op:
     kind: str
     reads: list[Value]
     makes: list[Value]
-    inner_bytes: int = 0
+    inner_bytes: Bytes = (0, 0)
     barrier: "Op | None" = None
     expensive: bool = False
     reduced: "Op | None" = None
@@ -107,7 +111,7 @@ class Operations:
         self,
         jaxpr: Jaxpr,
         results_held: bool,
-        inner_bytes: Callable[[JaxprEqn], int],
+        inner_bytes: Callable[[JaxprEqn], Bytes],
         slices: int = 0,
     ):
         """Follows it.
@@ -236,7 +240,7 @@ class Operations:
         kind = "loop" if name in _ELEMENTWISE | _INDEXED else "whole"
         if name.startswith(("reduce_", "arg")) and not name.startswith("reduce_window"):
             kind = "reduce" if name != "reduce_precision" else "loop"
-        inner = self._inner_bytes(eqn) if kind == "whole" else 0
+        inner = self._inner_bytes(eqn) if kind == "whole" else (0, 0)
         self._add(name, kind, known, outs, inner)
 
     def _loop(self, name: str, reads: list[Value], shape: tuple[int, ...], itemsize: int) -> Value:
@@ -291,7 +295,7 @@ class Operations:
         return out
 
     def _add(
-        self, name: str, kind: str, reads: list[Value], makes: list[Value], inner: int = 0
+        self, name: str, kind: str, reads: list[Value], makes: list[Value], inner: Bytes = (0, 0)
     ) -> Op:
         op = Op(name, kind, list(dict.fromkeys(reads)), makes, inner)
         makers = [v.op for v in op.reads if v.op is not None and v.op.kind == "loop"]
