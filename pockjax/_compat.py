@@ -46,6 +46,7 @@ __all__ = [
     "dtype_of",
     "eqn_context",
     "eval_jaxpr",
+    "is_reference",
     "new_var",
     "primal_of",
     "scan_arity",
@@ -69,6 +70,11 @@ def shape_of(atom: Any) -> tuple[int, ...]:
 def dtype_of(atom: Any) -> Any:
     """Dtype of a jaxpr's variable or literal."""
     return atom.aval.dtype
+
+
+def is_reference(var: Any) -> bool:
+    """Whether a jaxpr's variable is a mutable array, which may come to depend on anything."""
+    return not isinstance(var.aval, _public_core.ShapedArray)
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pockjax._compat import JaxprEqn
+from pockjax._compat import dtype_of, shape_of
 from pockjax._paths import flatten_with_paths
 from pockjax.adapters._sites import Site
-from pockjax.adapters._walk import Pairs, Walk, made_of_inputs, sizes_of
+from pockjax.adapters._walk import Analysis, Pairs, evaluate
 from pockjax.autodiff import Primal, is_array, trace
 from pockjax.masks import Part
 from pockjax.masks import mask as make_mask
@@ -47,17 +47,36 @@ class AdaptedFunction:
     _sites: dict[str, Site]
 
     def __call__(self, params: AdaptedParams, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns where the adapters add to its weights."""
+        """What the function returns where the adapters add to its weights.
+
+        Raises:
+            TypeError: the parameters are not those of an adapted function.
+            ValueError: the function, for these arguments, reads a weight with an adapter in another
+                way than it did when it was adapted.
+        """
+        if not isinstance(params, AdaptedParams):
+            raise TypeError(f"an adapted function takes AdaptedParams, got {type(params).__name__}")
         primal = trace(self.fun, params.params, args, kwargs, scalar=False)
-        tree = primal.params
-        named = _named(params.params)
-        place = {path: i for i, (path, _) in enumerate(named)}
-        pairs: Pairs = {place[path]: (f["a"], f["b"]) for path, f in params.adapters.items()}
-        inputs = [*tree.arrays, *primal.args.arrays]
-        outs, _ = _walk(primal, self.scale).run(
-            primal.jaxpr, inputs, made_of_inputs(len(named), primal.jaxpr), pairs
-        )
-        return primal.outputs(outs)[0]
+        place = {path: i for i, (path, _) in enumerate(_named(params.params))}
+        analysis = _analysis(primal)
+        part = analysis.whole(primal.jaxpr)
+        pairs: Pairs = {}
+        for path, factors in params.adapters.items():
+            site = self._sites.get(path)
+            if site is None or set(factors) != {"a", "b"}:
+                raise ValueError(f"'{path}' is no weight with an adapter of factors a and b")
+            now, why = _one_site(analysis.uses.get(place[path], []))
+            if now is None or not now.like(site):
+                raise ValueError(
+                    f"the function reads '{path}' in another way than it did when it was adapted"
+                    f"{why and f' ({why})'}; adapt it with arguments like these"
+                )
+            _check_shapes(path, site, factors)
+            pairs[place[path]] = factors["a"], factors["b"]
+        inputs = [*primal.params.arrays, *primal.args.arrays]
+        outs = zip(evaluate(part, inputs, pairs, self.scale), primal.jaxpr.outvars, strict=True)
+        arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x, dtype_of(v)) for x, v in outs]
+        return primal.outputs(arrays)[0]
 
     def merge(self, params: AdaptedParams) -> PyTree:
         """The parameters with which the function alone returns the same.
@@ -126,23 +145,22 @@ def adapt(
     >>> bool(jnp.allclose(adapted(params, x), model(adapted.merge(params), x)))
     True
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
     primal = trace(fun, params, batch, scalar=False)
     named = _named(params)
+    analysis = _analysis(primal)
+    analysis.whole(primal.jaxpr)
     allowed = _allowed(params, among)
     sites: dict[str, Site] = {}
     left_out: dict[str, str] = {}
-    for leaf, uses in _uses(primal).items():
+    for leaf, uses in analysis.uses.items():
         path = named[leaf][0]
         site, why = _one_site(uses)
         if not allowed[path]:
             site, why = None, "not among those asked for"
-        elif site is not None:
-            size = math.prod(site.shape)
-            small = sum(map(math.prod, site.shapes(rank))) / math.prod(site.made.stack)
-            if small >= size:
-                site, why = None, f"an adapter of rank {rank} would be no smaller"
+        elif site is not None and _size(site, rank) >= math.prod((*site.made.stack, *site.shape)):
+            site, why = None, f"an adapter of rank {rank} would be no smaller"
         if site is None:
             left_out[path] = why
         else:
@@ -164,7 +182,17 @@ def adapt(
 
 
 def _named(params: PyTree) -> list[tuple[str, Any]]:
-    return [(path, leaf) for path, leaf in flatten_with_paths(params)[0] if is_array(leaf)]
+    """The arrays of the parameters, by path.
+
+    Raises:
+        ValueError: two have the same path.
+    """
+    named = [(path, leaf) for path, leaf in flatten_with_paths(params)[0] if is_array(leaf)]
+    paths = [path for path, _ in named]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"two parameters are called '{path}'; rename one of them")
+    return named
 
 
 def _allowed(params: PyTree, among: Any) -> dict[str, bool]:
@@ -175,36 +203,40 @@ def _allowed(params: PyTree, among: Any) -> dict[str, bool]:
     return {path: entry is not False for path, entry in named}
 
 
-def _walk(primal: Primal, scale: float = 1.0, **note: Any) -> Walk:
-    return Walk(sizes_of(len(primal.params.arrays), primal.jaxpr), scale, **note)
-
-
-def _uses(primal: Primal) -> dict[int, list[tuple[str, Site | None]]]:
-    """Of each parameter, the operations that read it with activations, and their sites."""
-    found: dict[int, list[tuple[str, Site | None]]] = {}
-
-    def note(leaf: int, eqn: JaxprEqn, site: Site | None) -> None:
-        uses = found.setdefault(leaf, [])
-        if site is None or not any(other is not None and site.like(other) for _, other in uses):
-            uses.append((eqn.primitive.name, site))
-
-    walk, n = _walk(primal, note=note), len(primal.params.arrays)
-    made = made_of_inputs(n, primal.jaxpr)
-    jax.eval_shape(
-        lambda *args: walk.run(primal.jaxpr, args, made, {})[0],
-        *primal.params.arrays, *primal.args.arrays,
-    )  # fmt: skip
-    return found
+def _analysis(primal: Primal) -> Analysis:
+    n_params = len(primal.params.arrays)
+    return Analysis([math.prod(shape_of(v)) for v in primal.jaxpr.invars[:n_params]])
 
 
 def _one_site(uses: list[tuple[str, Site | None]]) -> tuple[Site | None, str]:
     """The site that serves all uses; None, and why, if there is none."""
-    for name, site in uses:
+    for why, site in uses:
         if site is None:
-            return None, f"it is read by {name}"
-    if len(uses) > 1:
+            return None, why
+    if not uses:
+        return None, "it meets no activations in a product"
+    why, first = uses[0]
+    assert first is not None
+    if len(uses) == 1:
+        return first, ""
+    # What two computations make of one weight need not be the same.
+    same = all(site is not None and first.like(site) for _, site in uses)
+    if first.made.moves is None or not same:
         return None, "it is read by several products in different ways"
-    return uses[0][1], ""
+    return first, ""
+
+
+def _size(site: Site, rank: int) -> int:
+    """Number of elements of an adapter."""
+    return sum(map(math.prod, site.shapes(rank)))
+
+
+def _check_shapes(path: str, site: Site, factors: dict[str, Any]) -> None:
+    a, b = (jnp.shape(factors[name]) for name in "ab")
+    rank = a[-1] if a else 0
+    if (a, b) != site.shapes(rank):
+        wanted = " and ".join(map(str, site.shapes(rank)))
+        raise ValueError(f"the adapter of '{path}' has shapes {a} and {b}, and needs {wanted}")
 
 
 def _new(site: Site, rank: int, dtype: Any, key: jax.Array) -> dict[str, jax.Array]:

@@ -11,36 +11,43 @@ from jax import lax
 
 from pockjax._compat import JaxprEqn, bind, dtype_of, shape_of
 
-_UNCHANGED = frozenset("convert_element_type copy copy_p name pvary sharding_constraint".split())
+_UNCHANGED = frozenset("copy copy_p name pvary sharding_constraint stop_gradient".split())
 _MOVED = frozenset("reshape transpose squeeze expand_dims broadcast_in_dim rev".split())
 
 
 @dataclass(frozen=True)
 class Made:
-    """Of what parameter a value is made that does not depend on the arguments.
+    """Of which parameters a value is made that does not depend on the arguments.
 
     Attributes:
-        leaf: position of the parameter, of several the largest; None of constants.
+        leaf: position of the parameter, of several the largest; None of constants, or of several
+            parameters that are as large as each other.
         moves: how the parameter's elements were moved: operations, and None where a loop takes one
             layer of a stack; None if it is not just the parameter's elements.
         stack: sizes of the axes of layers that loops have taken off.
-        by: tells computed values apart, equal if one operation of the function computes both.
+        leaves: positions of all parameters that are in it.
     """
 
     leaf: int | None = None
     moves: tuple[JaxprEqn | None, ...] | None = ()
     stack: tuple[int, ...] = ()
-    by: int = 0
+    leaves: frozenset[int] = frozenset()
+
+    @classmethod
+    def of_param(cls, leaf: int) -> "Made":
+        """A parameter itself."""
+        return cls(leaf, (), (), frozenset([leaf]))
 
     def after(self, eqn: JaxprEqn) -> "Made":
         """The same after an operation on it alone."""
-        name, out = eqn.primitive.name, eqn.outvars[0]
-        if self.moves is None or name in _UNCHANGED:
+        name, before, out = eqn.primitive.name, eqn.invars[0], eqn.outvars[0]
+        floating = all(jnp.issubdtype(dtype_of(v), jnp.floating) for v in (before, out))
+        unchanged = name in _UNCHANGED or (name == "convert_element_type" and floating)
+        if self.moves is None or unchanged:
             return self
-        same_size = math.prod(shape_of(eqn.invars[0])) == math.prod(shape_of(out))
-        if name in _MOVED and same_size:
-            return replace(self, moves=(*self.moves, eqn))
-        return replace(self, moves=None, by=id(eqn.source_info))
+        same_size = math.prod(shape_of(before)) == math.prod(shape_of(out))
+        moves = (*self.moves, eqn) if name in _MOVED and same_size else None
+        return replace(self, moves=moves)
 
     def layer(self, length: int) -> "Made":
         """What one turn of a loop over the first axis reads."""
@@ -49,13 +56,18 @@ class Made:
 
 
 def made_of(eqn: JaxprEqn, found: Sequence[Made], sizes: Sequence[int]) -> Made:
-    """What an operation makes of such values; ``sizes`` are those of their parameters."""
-    if not any(made.leaf is not None for made in found):
+    """What an operation makes of such values; ``sizes`` are those of all parameters."""
+    leaves = frozenset[int]().union(*(made.leaves for made in found))
+    if not leaves:
         return Made()
     if len(found) == 1:
         return found[0].after(eqn)
-    largest = max(range(len(found)), key=lambda i: sizes[i])
-    return replace(found[largest], moves=None, by=id(eqn.source_info))
+    most = max(sizes[leaf] for leaf in leaves)
+    largest = [leaf for leaf in leaves if sizes[leaf] == most]
+    stacks = {made.stack for made in found if made.leaf in largest}
+    if len(largest) > 1 or len(stacks) != 1:
+        return Made(None, None, (), leaves)
+    return Made(largest[0], None, stacks.pop(), leaves)
 
 
 @dataclass(frozen=True)
@@ -117,29 +129,16 @@ class Site:
                 m and (m.primitive.name, str(sorted(m.params.items(), key=str))) for m in moves
             ]  # fmt: skip
             axes = site.batch, site.contracted, site.free
-            return site.shape, axes, site.made.stack, site.made.by, names
+            return site.shape, axes, site.made.stack, names
 
         return place(self) == place(other)
 
     def product(self, eqn: JaxprEqn, operand: int, x: Any, a: Any, b: Any) -> jax.Array:
-        """The product of activations with the two factors, as the operation's result is laid out.
-
-        Raises:
-            ValueError: the factors have other shapes.
-        """
-        layers = len(self.made.stack)  # of which this is one
-        needed = tuple(shape[layers:] for shape in self.shapes(a.shape[-1]))
-        if (jnp.shape(a), jnp.shape(b)) != needed:
-            raise ValueError(
-                f"an adapter of shapes {jnp.shape(a)} and {jnp.shape(b)} is beside a weight that "
-                f"needs {needed}: the function differs from the one that was adapted"
-            )
+        """The product of activations with the two factors, laid out as the operation's result."""
         a, b = a.astype(self.dtype), b.astype(self.dtype)
-        return (
-            self._of_dot(eqn, operand, x, a, b)
-            if eqn.primitive.name == "dot_general"
-            else self._of_convolution(eqn, x, a, b)
-        )
+        if eqn.primitive.name == "dot_general":
+            return self._of_dot(eqn, operand, x, a, b)
+        return self._of_convolution(eqn, x, a, b)
 
     def _of_dot(self, eqn: JaxprEqn, operand: int, x: Any, a: Any, b: Any) -> jax.Array:
         contracted, batch = eqn.params["dimension_numbers"]

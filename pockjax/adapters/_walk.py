@@ -1,8 +1,7 @@
-"""Evaluating a function with adapters beside its products."""
+"""A function taken apart: where its parameters meet activations; and evaluated with adapters."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,155 +14,201 @@ from pockjax._compat import (
     Var,
     bind,
     eqn_context,
+    is_reference,
     scan_arity,
-    shape_of,
     subjaxprs,
 )
 from pockjax.adapters._sites import Made, Site, made_of
 from pockjax.autodiff import inlined
 
 type Pairs = Mapping[int, tuple[Any, Any]]
-type Note = Callable[[int, JaxprEqn, Site | None], Any]
+type Origin = Made | None
+"""Of what a value is made; None if it depends on the arguments."""
+type Note = Callable[[int, str, Site | None], Any]
 
-_CONSTANT = Made()
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A jaxpr, its operations with what is known of them.
+
+    Attributes:
+        jaxpr: its jits inlined.
+        sites: of each operation, the operands beside which an adapter can stand.
+        inner: the bodies of loops, branches and checkpointed blocks, by operation.
+        made: of what its results are made.
+        leaves: parameters with a site in it.
+        layers: of these, the ones of which a loop hands it a layer at a time.
+    """
+
+    jaxpr: Jaxpr
+    sites: list[list[tuple[int, Site]]]
+    inner: dict[int, list["Part"]]
+    made: list[Origin]
+    leaves: frozenset[int]
+    layers: frozenset[int]
 
 
 @dataclass(frozen=True)
-class Walk:
-    """One evaluation.
+class Analysis:
+    """Follows parameters through a function to where they meet activations.
 
     Attributes:
         sizes: numbers of elements of the parameters.
-        scale: what adapters are multiplied by.
-        note: told of each operation that reads a parameter and activations: the parameter, the
-            operation, and the site if an adapter can stand beside it.
+        uses: by parameter, what reads it together with activations: in words, and the site if an
+            adapter can stand beside it.
     """
 
     sizes: Sequence[int]
-    scale: float
-    note: Note = lambda leaf, eqn, site: None
+    uses: dict[int, list[tuple[str, Site | None]]] = field(default_factory=dict)
 
-    def run(
-        self, jaxpr: Jaxpr, args: Sequence[Any], made: Sequence[Made | None], pairs: Pairs
-    ) -> tuple[list[Any], list[Made | None]]:
-        """Evaluates a jaxpr.
+    def whole(self, jaxpr: Jaxpr) -> Part:
+        """A function of its parameters, then of its other arguments."""
+        others: list[Origin] = [None] * (len(jaxpr.invars) - len(self.sizes))
+        part = self.part(jaxpr, [*map(Made.of_param, range(len(self.sizes))), *others])
+        self._leave(part.made, "it is in a result that the arguments do not decide")
+        return part
 
-        Args:
-            jaxpr: what to evaluate.
-            args: its inputs.
-            made: of what parameters each is made; None if it depends on the arguments.
-            pairs: the factors of the adapter of each parameter.
-
-        Returns:
-            The outputs, and of what they are made.
-        """
+    def part(self, jaxpr: Jaxpr, made: Sequence[Origin], n_layers: int = 0) -> Part:
+        """A jaxpr whose inputs are made of these, the last ones a layer at a time."""
         jaxpr = inlined(jaxpr)
-        env: dict[Var, Any] = dict(zip(jaxpr.constvars, jaxpr.consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-        origin: dict[Var, Made | None] = dict.fromkeys(jaxpr.constvars, _CONSTANT)
+        origin: dict[Var, Origin] = dict.fromkeys(jaxpr.constvars, Made())
         origin.update(zip(jaxpr.invars, made, strict=True))
 
-        def value(atom: Any) -> Any:
-            return atom.val if isinstance(atom, Literal) else env[atom]
+        def read(atom: Any) -> Origin:
+            return Made() if isinstance(atom, Literal) else origin[atom]
 
-        def source(atom: Any) -> Made | None:
-            return _CONSTANT if isinstance(atom, Literal) else origin[atom]
+        sites: list[list[tuple[int, Site]]] = []
+        inner: dict[int, list[Part]] = {}
+        for k, eqn in enumerate(jaxpr.eqns):
+            ins = [read(atom) for atom in eqn.invars]
+            sites.append([])
+            entered = self._entered(eqn, ins)
+            if entered is not None:
+                inner[k], outs = entered
+            else:
+                outs = self._equation(sites[k], eqn, ins)
+            origin.update(zip(eqn.outvars, outs, strict=True))
+        own = [site.made.leaf for found in sites for _, site in found]
+        leaves = frozenset(leaf for leaf in own if leaf is not None)
+        leaves = leaves.union(*(body.leaves for bodies in inner.values() for body in bodies))
+        taken = {m.leaf for m in made[len(made) - n_layers :] if m is not None}
+        layers = frozenset(leaf for leaf in leaves if leaf in taken)
+        return Part(jaxpr, sites, inner, list(map(read, jaxpr.outvars)), leaves, layers)
 
-        for eqn in jaxpr.eqns:
-            with eqn_context(eqn):
-                outs, of = self._equation(
-                    eqn, [value(a) for a in eqn.invars], [source(a) for a in eqn.invars], pairs
-                )
-            env.update(zip(eqn.outvars, outs, strict=True))
-            origin.update(zip(eqn.outvars, of, strict=True))
-        return [value(a) for a in jaxpr.outvars], [source(a) for a in jaxpr.outvars]
-
-    def _equation(
-        self, eqn: JaxprEqn, args: list[Any], made: list[Made | None], pairs: Pairs
-    ) -> tuple[list[Any], list[Made | None]]:
-        inner = subjaxprs(eqn)
+    def _entered(self, eqn: JaxprEqn, ins: list[Origin]) -> tuple[list[Part], list[Origin]] | None:
+        """Follows an operation into what it evaluates; None if it is none of those."""
+        bodies, n_layers = subjaxprs(eqn), 0
         match eqn.primitive.name:
             case "scan":
-                return self._scan(eqn, args, made, pairs)
+                n_consts, n_carry = scan_arity(eqn)
+                first, length = n_consts + n_carry, eqn.params["length"]
+                # What a loop carries is its own after the first turn.
+                self._leave(ins[n_consts:first], "it is carried by a loop")
+                layers = [m and m.layer(length) for m in ins[first:]]
+                inside, n_layers = [[*ins[:n_consts], *[None] * n_carry, *layers]], len(layers)
             case "cond":
-                return self._cond(eqn, args, made, pairs)
-            case "remat2" | "checkpoint" if len(inner) == 1:
-                return self._checkpoint(eqn, args, made, pairs)
-        outs = bind(eqn, args)
-        known = [m for m in made if m is not None]
-        if len(known) == len(made):
-            return outs, [made_of(eqn, known, list(map(self._size, known)))] * len(outs)
-        for operand, of in enumerate(made):
-            if of is None or of.leaf is None:
+                self._leave(ins[:1], "it decides about a branch")
+                inside = [ins[1:]] * len(bodies)
+            case "remat2" | "checkpoint" if len(bodies) == 1:
+                inside = [ins]
+            case _:
+                return None
+        parts = [self.part(body, made, n_layers) for body, made in zip(bodies, inside, strict=True)]
+        if eqn.primitive.name not in ("scan", "cond"):
+            return parts, parts[0].made
+        for part in parts:
+            self._leave(part.made, f"it leaves a {eqn.primitive.name} without activations")
+        return parts, [None] * len(eqn.outvars)
+
+    def _equation(
+        self, sites: list[tuple[int, Site]], eqn: JaxprEqn, ins: list[Origin]
+    ) -> list[Origin]:
+        known = [m for m in ins if m is not None]
+        if len(known) == len(ins) and not any(is_reference(v) for v in eqn.outvars):
+            return [made_of(eqn, known, self.sizes)] * len(eqn.outvars)
+        for operand, made in enumerate(ins):
+            if made is None:
                 continue
-            site = Site.of(eqn, operand, of)
-            self.note(of.leaf, eqn, site)
-            if site is not None and of.leaf in pairs:
-                x = args[1 - operand]
-                low = site.product(eqn, operand, x, *pairs[of.leaf])
-                outs = [outs[0] + (self.scale * low).astype(outs[0].dtype)]
-        return outs, [None] * len(outs)
+            why = f"it is read by {eqn.primitive.name}"
+            if made.leaf is None and len(made.leaves) > 1:
+                why += " together with parameters that are as large"
+            site = None if made.leaf is None else Site.of(eqn, operand, made)
+            self._leave([made], why, but=None if site is None else made.leaf)
+            if site is not None and made.leaf is not None:
+                self.uses.setdefault(made.leaf, []).append((why, site))
+                sites.append((operand, site))
+        return [None] * len(eqn.outvars)
 
-    def _size(self, made: Made) -> int:
-        return -1 if made.leaf is None else self.sizes[made.leaf]
-
-    def _scan(
-        self, eqn: JaxprEqn, args: list[Any], made: list[Made | None], pairs: Pairs
-    ) -> tuple[list[Any], list[Made | None]]:
-        [body], (n_consts, n_carry) = subjaxprs(eqn), scan_arity(eqn)
-        length, first = eqn.params["length"], n_consts + n_carry
-        consts, carry, xs = args[:n_consts], args[n_consts:first], args[first:]
-        of_xs = [None if m is None else m.layer(length) for m in made[first:]]
-        # What a loop carries is its own after the first turn.
-        inside = [*made[:n_consts], *[None] * n_carry, *of_xs]
-        for m in made[n_consts:first]:
-            if m is not None and m.leaf is not None:
-                self.note(m.leaf, eqn, None)
-        stacked = {m.leaf for m in of_xs if m is not None and m.leaf is not None}
-
-        def turn(carry: list[Any], each: Any) -> tuple[list[Any], list[Any]]:
-            xs, own = each
-            outs, _ = self.run(body, [*consts, *carry, *xs], inside, {**pairs, **own})
-            return outs[:n_carry], outs[n_carry:]
-
-        own = {leaf: pairs[leaf] for leaf in stacked if leaf in pairs}
-        carry, ys = lax.scan(
-            turn, carry, (xs, own), length=length, reverse=eqn.params["reverse"],
-            unroll=eqn.params["unroll"],
-        )  # fmt: skip
-        outs = [*carry, *ys]
-        return outs, [None] * len(outs)
-
-    def _cond(
-        self, eqn: JaxprEqn, args: list[Any], made: list[Made | None], pairs: Pairs
-    ) -> tuple[list[Any], list[Made | None]]:
-        def branch(jaxpr: Jaxpr) -> Callable[..., list[Any]]:
-            return lambda *args: self.run(jaxpr, args, made[1:], pairs)[0]
-
-        outs = lax.switch(args[0], list(map(branch, subjaxprs(eqn))), *args[1:])
-        return outs, [None] * len(outs)
-
-    def _checkpoint(
-        self, eqn: JaxprEqn, args: list[Any], made: list[Made | None], pairs: Pairs
-    ) -> tuple[list[Any], list[Made | None]]:
-        [body] = subjaxprs(eqn)
-        found: list[Made | None] = []
-
-        def again(args: list[Any], pairs: Pairs) -> list[Any]:
-            outs, found[:] = self.run(body, args, made, pairs)
-            return outs
-
-        options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
-        outs = jax.checkpoint(again, **options)(args, dict(pairs))
-        return outs, found
+    def _leave(self, found: Sequence[Origin], why: str, but: int | None = None) -> None:
+        """Notes parameters that are used where no adapter can stand."""
+        for leaf in {leaf for made in found if made is not None for leaf in made.leaves} - {but}:
+            self.uses.setdefault(leaf, []).append((why, None))
 
 
-def made_of_inputs(n_params: int, jaxpr: Jaxpr) -> list[Made | None]:
-    """Of what the inputs are made of a function of its parameters and other arguments."""
-    others: list[Made | None] = [None] * (len(jaxpr.invars) - n_params)
-    return [*(Made(i) for i in range(n_params)), *others]
+def evaluate(part: Part, args: Sequence[Any], pairs: Pairs, scale: float) -> list[Any]:
+    """Evaluates a part with adapters beside its products.
+
+    Args:
+        part: what to evaluate.
+        args: its inputs.
+        pairs: the factors of the adapter of each parameter that has one.
+        scale: what adapters are multiplied by.
+    """
+    jaxpr = part.jaxpr
+    env: dict[Var, Any] = dict(zip(jaxpr.constvars, jaxpr.consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+
+    def value(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    for k, (eqn, sites) in enumerate(zip(jaxpr.eqns, part.sites, strict=True)):
+        ins = [value(atom) for atom in eqn.invars]
+        with eqn_context(eqn):
+            if k in part.inner:
+                outs = _EVALUATED[eqn.primitive.name](eqn, part.inner[k], ins, pairs, scale)
+            else:
+                outs = bind(eqn, ins)
+            for operand, site in sites:
+                if site.made.leaf in pairs:
+                    low = site.product(eqn, operand, ins[1 - operand], *pairs[site.made.leaf])
+                    outs = [outs[0] + (scale * low).astype(outs[0].dtype)]
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [value(atom) for atom in jaxpr.outvars]
 
 
-def sizes_of(n_params: int, jaxpr: Jaxpr) -> list[int]:
-    """Numbers of elements of the parameters."""
-    return [math.prod(shape_of(v)) for v in jaxpr.invars[:n_params]]
+def _scan(
+    eqn: JaxprEqn, inner: list[Part], ins: list[Any], pairs: Pairs, scale: float
+) -> list[Any]:
+    [body], (n_consts, n_carry) = inner, scan_arity(eqn)
+    first = n_consts + n_carry
+    consts, carry, xs = ins[:n_consts], ins[n_consts:first], ins[first:]
+
+    def turn(carry: list[Any], each: Any) -> tuple[list[Any], list[Any]]:
+        xs, own = each
+        outs = evaluate(body, [*consts, *carry, *xs], {**pairs, **own}, scale)
+        return outs[:n_carry], outs[n_carry:]
+
+    own = {leaf: pairs[leaf] for leaf in body.layers if leaf in pairs}
+    names = ("length", "reverse", "unroll")
+    carry, ys = lax.scan(turn, carry, (xs, own), **{name: eqn.params[name] for name in names})
+    return [*carry, *ys]
+
+
+def _cond(
+    eqn: JaxprEqn, inner: list[Part], ins: list[Any], pairs: Pairs, scale: float
+) -> list[Any]:
+    def branch(part: Part) -> Callable[..., list[Any]]:
+        return lambda *args: evaluate(part, args, pairs, scale)
+
+    return lax.switch(ins[0], list(map(branch, inner)), *ins[1:])
+
+
+def _checkpoint(
+    eqn: JaxprEqn, inner: list[Part], ins: list[Any], pairs: Pairs, scale: float
+) -> list[Any]:
+    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+    again = jax.checkpoint(lambda ins, pairs: evaluate(inner[0], ins, pairs, scale), **options)
+    return again(ins, dict(pairs))
+
+
+_EVALUATED = {"scan": _scan, "cond": _cond, "remat2": _checkpoint, "checkpoint": _checkpoint}

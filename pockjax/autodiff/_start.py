@@ -3,12 +3,16 @@
 To trace it once more for each mask would take most of the time where little is trained.
 """
 
-from pockjax._compat import Jaxpr, JaxprEqn, Var
-from pockjax.autodiff._jaxprs import consts_as_inputs, spliced
+from typing import Any
+
+from pockjax._compat import Jaxpr, JaxprEqn, Var, new_var
+from pockjax.autodiff._jaxprs import renamed
 
 
 def before_trained(jaxpr: Jaxpr, trained: set[int]) -> tuple[Jaxpr, Jaxpr]:
     """The operations before the first that reads a trained input, and the others.
+
+    Effects, such as that of making a mutable array, are not moved.
 
     Returns:
         inputs -> results; and inputs, then these results -> outputs.
@@ -17,7 +21,8 @@ def before_trained(jaxpr: Jaxpr, trained: set[int]) -> tuple[Jaxpr, Jaxpr]:
     count = next(
         (
             k for k, eqn in enumerate(jaxpr.eqns)
-            if eqn.effects or any(a in changing for a in eqn.invars if isinstance(a, Var))
+            if eqn.effects
+            or any(a in changing for a in eqn.invars if isinstance(a, Var))
         ),
         len(jaxpr.eqns),
     )  # fmt: skip
@@ -42,17 +47,20 @@ def weights_alone(jaxpr: Jaxpr, n_params: int) -> list[bool]:
 
 def joined(before: Jaxpr, jaxpr: Jaxpr, n_inputs: int) -> Jaxpr:
     """A function of inputs, then the results of ``before``, then others, without these results."""
-    eqns: list[JaxprEqn] = []
     inputs, others = jaxpr.invars[:n_inputs], jaxpr.invars[n_inputs + len(before.outvars) :]
-    results = spliced(
-        consts_as_inputs(before), [*before.constvars, *inputs[: len(before.invars)]], eqns
-    )
-    outs = spliced(consts_as_inputs(jaxpr), [*jaxpr.constvars, *inputs, *results, *others], eqns)
+    names: dict[Var, Any] = dict(zip(before.invars, inputs, strict=False))
+    names.update((v, v) for v in before.constvars)
+    # Equations with effects name their variables there too: those of the rest stay as they are.
+    results = dict(zip(before.outvars, jaxpr.invars[n_inputs:], strict=False))
+    eqns: list[JaxprEqn] = []
+    for eqn in before.eqns:
+        outs = [results.get(v, new_var(v.aval)) for v in eqn.outvars]
+        eqns.append(eqn.replace(invars=renamed(eqn.invars, names), outvars=outs))
+        names.update(zip(eqn.outvars, outs, strict=True))
     return jaxpr.replace(
         constvars=[*before.constvars, *jaxpr.constvars],
         consts=[*before.consts, *jaxpr.consts],
         invars=[*inputs, *others],
-        eqns=eqns,
-        outvars=outs,
+        eqns=[*eqns, *jaxpr.eqns],
         debug_info=jaxpr.debug_info.with_unknown_names(),
-    )  # fmt: skip
+    )

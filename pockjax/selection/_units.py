@@ -269,7 +269,7 @@ def _of_weight(
 def _adapter_of(path: str, consumer: Consumer) -> str:
     """Name of the weight beside which a factor of an adapter is."""
     weight = path.removeprefix("adapters/").rpartition("/")[0]
-    return _layer_name(f"params/{weight}", consumer)
+    return _layer_name(f"params/{weight}".rstrip("/"), consumer)
 
 
 def _of_adapters(model: Model) -> dict[str, list[Unit]]:

@@ -198,7 +198,7 @@ def test_what_is_left_out_is_said() -> None:
     assert set(both.adapters) == {"small"}
     with pytest.raises(ValueError, match="'tied': it is read by gather"):
         pj.adapt(model, params, ids, rank=4, among=[("tied", "all")])
-    with pytest.raises(ValueError, match="rank must be at least 1"):
+    with pytest.raises(ValueError, match="rank must be a whole number of at least 1"):
         pj.adapt(model, params, ids, rank=0)
 
 
@@ -206,8 +206,127 @@ def test_another_function_than_the_adapted_one_is_refused() -> None:
     x = jnp.ones((2, 16))
     adapted, params = pj.adapt(lambda p, x: x @ p["w"], {"w": jnp.ones((16, 32))}, x, rank=2)
     wide = pj.AdaptedParams({"w": jnp.ones((16, 8))}, params.adapters)
-    with pytest.raises(ValueError, match="differs from the one that was adapted"):
+    with pytest.raises(ValueError, match="reads 'w' in another way"):
         adapted(wide, x)
+
+
+W = {"w": jnp.ones((3, 16, 16)) / 16}
+SQUARE = {"w": jnp.eye(16), "v": jnp.ones((16, 16)) / 4}
+
+
+def unrolled(p: Any, x: jax.Array) -> jax.Array:
+    for w in p["w"]:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def split(p: Any, x: jax.Array) -> Any:
+    q, k = jnp.split(p["v"], 2, axis=1)
+    return x @ q, x @ k
+
+
+def two_layouts(p: Any, x: jax.Array) -> jax.Array:
+    w = jnp.exp(p["w"])
+    return x @ w @ w.T
+
+
+def of_both(p: Any, x: jax.Array) -> jax.Array:
+    return x @ (p["w"] * p["v"])
+
+
+def decayed(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(x @ p["w"] @ p["v"]) + sum(jnp.sum(w**2) for w in p.values())
+
+
+def returned(p: Any, x: jax.Array) -> Any:
+    return x @ p["w"], p["w"]
+
+
+def deciding(p: Any, x: jax.Array) -> jax.Array:
+    return lax.cond(jnp.sum(p["w"]) > 17, lambda h: 2 * h, lambda h: h, x @ p["w"])
+
+
+def chosen(p: Any, x: jax.Array) -> jax.Array:
+    return x @ lax.cond(x[0, 0] > 0, lambda: p["w"], lambda: p["v"])
+
+
+def scanned_alone(p: Any, x: jax.Array) -> Any:
+    return x @ p["w"][0], lax.map(lambda w: jnp.sum(w**2), p["w"])
+
+
+def carried(p: Any, x: jax.Array) -> jax.Array:
+    w, _ = lax.scan(lambda w, _: (w / 2, None), p["w"], length=3)
+    return x @ w + x @ p["w"]
+
+
+@pytest.mark.parametrize(
+    ("fun", "params", "why"),
+    [
+        (unrolled, W, "in different ways"),
+        (split, SQUARE, "in different ways"),
+        (two_layouts, SQUARE, "in different ways"),
+        (of_both, SQUARE, "together with parameters that are as large"),
+        (decayed, SQUARE, "it is read by add"),
+        (returned, SQUARE, "in a result that the arguments do not decide"),
+        (deciding, SQUARE, "it decides about a branch"),
+        (chosen, SQUARE, "it leaves a cond without activations"),
+        (scanned_alone, W, "it leaves a scan without activations"),
+        (carried, SQUARE, "it is carried by a loop"),
+    ],
+)
+def test_a_weight_that_counts_elsewhere_too_gets_no_adapter(
+    fun: Any, params: Any, why: str
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        pj.adapt(fun, params, jnp.ones((3, 16)), rank=1)
+
+
+def test_integers_are_not_merged() -> None:
+    params = {"q": jnp.arange(-128, 128, dtype=jnp.int8).reshape(16, 16), "scale": jnp.ones(16)}
+    model = lambda p, x: (x @ p["q"].astype(x.dtype)) * p["scale"]  # noqa: E731
+    adapted, both = pj.adapt(model, params, jnp.ones((3, 16)), rank=1)
+    with pytest.raises(ValueError, match="'q' cannot be merged: it is computed with"):
+        adapted.merge(trained(both))
+
+
+def test_a_call_that_reads_a_weight_in_another_way_is_refused() -> None:
+    def model(p: Any, x: jax.Array, flip: bool = False) -> jax.Array:
+        return x @ (p["w"].T if flip else p["w"])
+
+    x = jnp.ones((3, 16))
+    adapted, both = pj.adapt(model, SQUARE, x, rank=1)
+    close(adapted(both, x[:2]), model(SQUARE, x[:2]))
+    with pytest.raises(ValueError, match="reads 'w' in another way"):
+        adapted(both, x, flip=True)
+    chain = lambda p, x: jnp.einsum("bi,ij,jk->bk", x, p["w"], p["v"])  # noqa: E731
+    adapted, both = pj.adapt(chain, SQUARE, x, rank=1)
+    with pytest.raises(ValueError, match="adapt it with arguments like these"):
+        adapted(both, jnp.ones((4096, 16)))  # w @ v comes first
+
+
+def test_parameters_that_do_not_fit_are_refused() -> None:
+    x = jnp.ones((3, 16))
+    model = lambda p, x: x @ p["w"]  # noqa: E731
+    adapted, both = pj.adapt(model, SQUARE, x, rank=1)
+    with pytest.raises(TypeError, match="takes AdaptedParams, got dict"):
+        adapted(SQUARE, x)
+    with pytest.raises(ValueError, match="'z' is no weight with an adapter"):
+        adapted(both._replace(adapters={"z": both.adapters["w"]}), x)
+    with pytest.raises(ValueError, match="'w' is no weight with an adapter of factors a and b"):
+        adapted(both._replace(adapters={"w": {"a": jnp.ones((16, 1))}}), x)
+    with pytest.raises(ValueError, match=r"has shapes \(16, 2\) and \(1, 16\)"):
+        wrong = {"w": {"a": jnp.ones((16, 2)), "b": jnp.ones((1, 16))}}
+        adapted(both._replace(adapters=wrong), x)
+    with pytest.raises(ValueError, match="two parameters are called 'a/b'"):
+        twice = {"a": {"b": jnp.ones((16, 16))}, "a/b": jnp.ones((16, 16))}
+        pj.adapt(lambda p, x: x @ p["a"]["b"] @ p["a/b"], twice, x)
+
+
+def test_parameters_that_are_one_array() -> None:
+    x = jnp.ones((3, 16))
+    adapted, both = pj.adapt(lambda w, x: x @ w, jnp.eye(16), x, rank=1)
+    groups = {unit.kind: unit.group for unit in pj.units(adapted, both, x)}
+    assert groups == {"weight": "params", "adapter": "params"}
 
 
 def test_transforms() -> None:

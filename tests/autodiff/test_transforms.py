@@ -332,3 +332,15 @@ def test_closed_over_values_can_be_differentiated_and_batched() -> None:
     scales = jnp.array([0.5, 1.0, -2.0])
     compare(penalty(lambda fun, p: pj.grad(fun, mask)(p)), penalty(densely), scales)
     compare(penalty(by_vjp), penalty(densely), scales)
+
+
+def test_mutable_arrays_before_anything_trained() -> None:
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        ref = jax.new_ref(x)
+        ref[0] = jnp.sin(x[1])
+        return jnp.mean((ref[...] @ params["frozen"] @ params["trained"]) ** 2)
+
+    x, w = jnp.arange(64.0).reshape(4, 16) / 64, jnp.ones((16, 16)) / 16
+    params = {"frozen": w, "trained": w}
+    grads = pj.grad(loss, {"frozen": False, "trained": True})(params, x)
+    chex.assert_trees_all_close(grads["trained"], jax.grad(loss)(params, x)["trained"])
