@@ -24,11 +24,10 @@ from pockjax.autodiff import inlined
 type Pairs = Mapping[int, tuple[Any, Any]]
 type Origin = Made | None
 """Of what a value is made; None if it depends on the arguments."""
-type Note = Callable[[int, str, Site | None], Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Body:
     """A jaxpr, its operations with what is known of them.
 
     Attributes:
@@ -42,7 +41,7 @@ class Part:
 
     jaxpr: Jaxpr
     sites: list[list[tuple[int, Site]]]
-    inner: dict[int, list["Part"]]
+    inner: dict[int, list["Body"]]
     made: list[Origin]
     leaves: frozenset[int]
     layers: frozenset[int]
@@ -61,14 +60,14 @@ class Analysis:
     sizes: Sequence[int]
     uses: dict[int, list[tuple[str, Site | None]]] = field(default_factory=dict)
 
-    def whole(self, jaxpr: Jaxpr) -> Part:
+    def whole(self, jaxpr: Jaxpr) -> Body:
         """A function of its parameters, then of its other arguments."""
         others: list[Origin] = [None] * (len(jaxpr.invars) - len(self.sizes))
         part = self.part(jaxpr, [*map(Made.of_param, range(len(self.sizes))), *others])
         self._leave(part.made, "it is in a result that the arguments do not decide")
         return part
 
-    def part(self, jaxpr: Jaxpr, made: Sequence[Origin], n_layers: int = 0) -> Part:
+    def part(self, jaxpr: Jaxpr, made: Sequence[Origin], n_layers: int = 0) -> Body:
         """A jaxpr whose inputs are made of these, the last ones a layer at a time."""
         jaxpr = inlined(jaxpr)
         origin: dict[Var, Origin] = dict.fromkeys(jaxpr.constvars, Made())
@@ -78,7 +77,7 @@ class Analysis:
             return Made() if isinstance(atom, Literal) else origin[atom]
 
         sites: list[list[tuple[int, Site]]] = []
-        inner: dict[int, list[Part]] = {}
+        inner: dict[int, list[Body]] = {}
         for k, eqn in enumerate(jaxpr.eqns):
             ins = [read(atom) for atom in eqn.invars]
             sites.append([])
@@ -93,9 +92,9 @@ class Analysis:
         leaves = leaves.union(*(body.leaves for bodies in inner.values() for body in bodies))
         taken = {m.leaf for m in made[len(made) - n_layers :] if m is not None}
         layers = frozenset(leaf for leaf in leaves if leaf in taken)
-        return Part(jaxpr, sites, inner, list(map(read, jaxpr.outvars)), leaves, layers)
+        return Body(jaxpr, sites, inner, list(map(read, jaxpr.outvars)), leaves, layers)
 
-    def _entered(self, eqn: JaxprEqn, ins: list[Origin]) -> tuple[list[Part], list[Origin]] | None:
+    def _entered(self, eqn: JaxprEqn, ins: list[Origin]) -> tuple[list[Body], list[Origin]] | None:
         """Follows an operation into what it evaluates; None if it is none of those."""
         bodies, n_layers = subjaxprs(eqn), 0
         match eqn.primitive.name:
@@ -123,6 +122,8 @@ class Analysis:
     def _equation(
         self, sites: list[tuple[int, Site]], eqn: JaxprEqn, ins: list[Origin]
     ) -> list[Origin]:
+        if eqn.primitive.name == "optimization_barrier":
+            return ins
         known = [m for m in ins if m is not None]
         if len(known) == len(ins) and not any(is_reference(v) for v in eqn.outvars):
             return [made_of(eqn, known, self.sizes)] * len(eqn.outvars)
@@ -145,27 +146,27 @@ class Analysis:
             self.uses.setdefault(leaf, []).append((why, None))
 
 
-def evaluate(part: Part, args: Sequence[Any], pairs: Pairs, scale: float) -> list[Any]:
-    """Evaluates a part with adapters beside its products.
+def evaluate(body: Body, args: Sequence[Any], pairs: Pairs, scale: float) -> list[Any]:
+    """Evaluates a function with adapters beside its products.
 
     Args:
-        part: what to evaluate.
+        body: what to evaluate.
         args: its inputs.
         pairs: the factors of the adapter of each parameter that has one.
         scale: what adapters are multiplied by.
     """
-    jaxpr = part.jaxpr
+    jaxpr = body.jaxpr
     env: dict[Var, Any] = dict(zip(jaxpr.constvars, jaxpr.consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
     def value(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
-    for k, (eqn, sites) in enumerate(zip(jaxpr.eqns, part.sites, strict=True)):
+    for k, (eqn, sites) in enumerate(zip(jaxpr.eqns, body.sites, strict=True)):
         ins = [value(atom) for atom in eqn.invars]
         with eqn_context(eqn):
-            if k in part.inner:
-                outs = _EVALUATED[eqn.primitive.name](eqn, part.inner[k], ins, pairs, scale)
+            if k in body.inner:
+                outs = _EVALUATED[eqn.primitive.name](eqn, body.inner[k], ins, pairs, scale)
             else:
                 outs = bind(eqn, ins)
             for operand, site in sites:
@@ -177,7 +178,7 @@ def evaluate(part: Part, args: Sequence[Any], pairs: Pairs, scale: float) -> lis
 
 
 def _scan(
-    eqn: JaxprEqn, inner: list[Part], ins: list[Any], pairs: Pairs, scale: float
+    eqn: JaxprEqn, inner: list[Body], ins: list[Any], pairs: Pairs, scale: float
 ) -> list[Any]:
     [body], (n_consts, n_carry) = inner, scan_arity(eqn)
     first = n_consts + n_carry
@@ -195,16 +196,16 @@ def _scan(
 
 
 def _cond(
-    eqn: JaxprEqn, inner: list[Part], ins: list[Any], pairs: Pairs, scale: float
+    eqn: JaxprEqn, inner: list[Body], ins: list[Any], pairs: Pairs, scale: float
 ) -> list[Any]:
-    def branch(part: Part) -> Callable[..., list[Any]]:
+    def branch(part: Body) -> Callable[..., list[Any]]:
         return lambda *args: evaluate(part, args, pairs, scale)
 
     return lax.switch(ins[0], list(map(branch, inner)), *ins[1:])
 
 
 def _checkpoint(
-    eqn: JaxprEqn, inner: list[Part], ins: list[Any], pairs: Pairs, scale: float
+    eqn: JaxprEqn, inner: list[Body], ins: list[Any], pairs: Pairs, scale: float
 ) -> list[Any]:
     options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
     again = jax.checkpoint(lambda ins, pairs: evaluate(inner[0], ins, pairs, scale), **options)

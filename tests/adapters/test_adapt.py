@@ -281,6 +281,18 @@ def test_a_weight_that_counts_elsewhere_too_gets_no_adapter(
         pj.adapt(fun, params, jnp.ones((3, 16)), rank=1)
 
 
+def test_barriers_and_stopped_gradients_change_no_weight() -> None:
+    def model(p: Any, x: jax.Array) -> jax.Array:
+        w, v, x = lax.optimization_barrier((p["w"], p["v"], x))
+        return x @ lax.stop_gradient(w) @ v.astype(jnp.bfloat16).astype(jnp.float32)
+
+    x = jax.random.normal(jax.random.key(0), (3, 16))
+    adapted, both = pj.adapt(model, SQUARE, x, rank=1)
+    both = trained(both)
+    assert set(both.adapters) == {"w", "v"}
+    close(adapted(both, x), model(adapted.merge(both), x), 2e-2)
+
+
 def test_integers_are_not_merged() -> None:
     params = {"q": jnp.arange(-128, 128, dtype=jnp.int8).reshape(16, 16), "scale": jnp.ones(16)}
     model = lambda p, x: (x @ p["q"].astype(x.dtype)) * p["scale"]  # noqa: E731
@@ -308,8 +320,9 @@ def test_parameters_that_do_not_fit_are_refused() -> None:
     x = jnp.ones((3, 16))
     model = lambda p, x: x @ p["w"]  # noqa: E731
     adapted, both = pj.adapt(model, SQUARE, x, rank=1)
+    plain: Any = SQUARE
     with pytest.raises(TypeError, match="takes AdaptedParams, got dict"):
-        adapted(SQUARE, x)
+        adapted(plain, x)
     with pytest.raises(ValueError, match="'z' is no weight with an adapter"):
         adapted(both._replace(adapters={"z": both.adapters["w"]}), x)
     with pytest.raises(ValueError, match="'w' is no weight with an adapter of factors a and b"):
