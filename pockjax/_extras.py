@@ -28,6 +28,7 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise  # the module is there, and something that it needs is not
         raise MissingExtraError(
-            f"{module!r} is not installed; it comes with: pip install 'pockjax[{extra}]'",
+            f"{module!r} is not installed; it comes with: pip install 'pockjax[{extra}]' "
+            f"(in a checkout: pip install '.[{extra}]')",
             name=error.name,
         ) from error

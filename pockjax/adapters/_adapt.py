@@ -54,8 +54,7 @@ class AdaptedFunction:
             ValueError: the function, for these arguments, reads a weight with an adapter in another
                 way than it did when it was adapted.
         """
-        if not isinstance(params, AdaptedParams):
-            raise TypeError(f"an adapted function takes AdaptedParams, got {type(params).__name__}")
+        _check_type(params)
         primal = trace(self.fun, params.params, args, kwargs, scalar=False)
         place = {path: i for i, (path, _) in enumerate(_named(params.params))}
         analysis = _analysis(primal)
@@ -85,12 +84,14 @@ class AdaptedFunction:
             params: parameters and trained adapters.
 
         Raises:
+            TypeError: these are not the parameters of an adapted function.
             ValueError: a weight is computed with before it meets the activations (it is
                 dequantised, say), so that nothing can be added to the parameter itself.
         """
-        added = {}
+        _check_type(params)
+        added, before = {}, dict(_named(params.params))
         for path, factors in params.adapters.items():
-            param = dict(_named(params.params))[path]
+            param = before[path]
             try:
                 delta = self._sites[path].weight(factors["a"], factors["b"], param)
             except ValueError as error:
@@ -201,6 +202,11 @@ def _allowed(params: PyTree, among: Any) -> dict[str, bool]:
     found = make_mask(params, among)
     named = flatten_with_paths(found, is_leaf=lambda node: isinstance(node, Part))[0]
     return {path: entry is not False for path, entry in named}
+
+
+def _check_type(params: Any) -> None:
+    if not isinstance(params, AdaptedParams):
+        raise TypeError(f"an adapted function takes AdaptedParams, got {type(params).__name__}")
 
 
 def _analysis(primal: Primal) -> Analysis:

@@ -141,6 +141,10 @@ def read_images(
     ]
     names = {name for name, _ in found}
     if not names:
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {root}; give one with a folder of images for each class"
+            )
         raise FileNotFoundError(f"{root} has no folders with images ({', '.join(_SUFFIXES)})")
     if classes is None:
         classes = tuple(sorted(names))

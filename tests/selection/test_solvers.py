@@ -143,3 +143,18 @@ def test_many_tiny_units_beside_one_at_the_limit_end():
     assert problem.is_feasible(solution.chosen)
     assert solution.objective == pytest.approx(1.0)
     assert solution.gap is not None and solution.gap < 0.03
+
+
+def test_milp_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS does by itself, on some problems."""
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        own = generator.uniform(1, 100, 40)
+        values = generator.uniform(0, 1, 40) * own
+        costs = (
+            Cost("memory", 0.0, own, np.zeros(1), 0.3 * own.sum()),
+            Cost("optimizer", 0.0, np.repeat([1.0, 0.0], 20), np.zeros(1), 5.0),
+        )
+        groups = tuple((i,) for i in range(40))
+        SOLVERS["milp"](Problem(values, groups, np.zeros(40, int), costs, frozenset()))
+    assert capfd.readouterr() == ("", "")

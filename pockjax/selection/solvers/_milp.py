@@ -1,7 +1,9 @@
 """Exact choice, by mixed-integer linear programming."""
 
-from collections.abc import Sequence
-from contextlib import suppress
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -94,18 +96,38 @@ def _solved(
     lower: Any = np.array([row[1] for row in rows])
     upper: Any = np.array([row[2] for row in rows])
     worth = np.abs(problem.values).max() or 1.0
-    result = milp(
-        np.concatenate([-problem.values / worth, np.zeros(n_levels)]),
-        integrality=np.concatenate([np.ones(n), np.zeros(n_levels)]),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(
-            sparse.csr_array(matrix),
-            lower,
-            upper,
-        ),
-        options={"node_limit": nodes, "mip_rel_gap": 0.0},
-    )
+    with _silent():
+        result = milp(
+            np.concatenate([-problem.values / worth, np.zeros(n_levels)]),
+            integrality=np.concatenate([np.ones(n), np.zeros(n_levels)]),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(
+                sparse.csr_array(matrix),
+                lower,
+                upper,
+            ),
+            options={"node_limit": nodes, "mip_rel_gap": 0.0},
+        )
     if result.x is None:
         raise InfeasibleError(f"no choice keeps the limits ({result.message})")
     chosen = tuple(np.flatnonzero(result.x[:n] > 0.5).tolist())
     return chosen, float(result.mip_gap or 0.0)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what HiGHS writes to the standard output though it is not asked to (SciPy 1.18)."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
