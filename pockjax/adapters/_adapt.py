@@ -13,8 +13,8 @@ from pockjax._paths import flatten_with_paths
 from pockjax.adapters._sites import Site
 from pockjax.adapters._walk import Analysis, Pairs, evaluate
 from pockjax.autodiff import Primal, is_array, trace
-from pockjax.masks import Part
 from pockjax.masks import mask as make_mask
+from pockjax.masks import named_entries
 
 PyTree = Any
 
@@ -199,9 +199,8 @@ def _named(params: PyTree) -> list[tuple[str, Any]]:
 def _allowed(params: PyTree, among: Any) -> dict[str, bool]:
     if among is None:
         return {path: True for path, _ in _named(params)}
-    found = make_mask(params, among)
-    named = flatten_with_paths(found, is_leaf=lambda node: isinstance(node, Part))[0]
-    return {path: entry is not False for path, entry in named}
+    entries = named_entries(make_mask(params, among))
+    return {path: entry is not False for path, entry in entries}
 
 
 def _check_type(params: Any) -> None:

@@ -17,6 +17,7 @@ from pockjax.masks._part import MaskError as MaskError
 from pockjax.masks._part import Part as Part
 from pockjax.masks._part import part as part
 from pockjax.masks._resolve import Entry as Entry
+from pockjax.masks._resolve import named_entries as named_entries
 from pockjax.masks._resolve import resolve as resolve
 from pockjax.masks._rules import Rule as Rule
 from pockjax.masks._scheme import Scheme as Scheme

@@ -130,6 +130,11 @@ def _is_part(node: Any) -> bool:
     return isinstance(node, Part)
 
 
+def named_entries(mask: PyTree) -> list[tuple[str, bool | Part]]:
+    """The entries of a mask that names every leaf, by path."""
+    return flatten_with_paths(mask, is_leaf=_is_part)[0]
+
+
 def _check_entry(entry: Any, path: str) -> bool | Part:
     if isinstance(entry, Part):
         return entry

@@ -11,10 +11,9 @@ import numpy as np
 import optax
 
 from pockjax._compat import eval_jaxpr
-from pockjax._paths import flatten_with_paths
 from pockjax.autodiff import Plan, trace
 from pockjax.costs import CompiledCost, Prediction
-from pockjax.masks import Part
+from pockjax.masks import Part, named_entries
 from pockjax.masks import mask as make_mask
 from pockjax.selection._sensitivity import Sensitivity
 from pockjax.selection._surrogate import feature
@@ -291,8 +290,7 @@ def _entries(params: PyTree, beside: Any) -> tuple[tuple[str, bool | Part], ...]
     """Path and what is trained of it, for all that a mask trains."""
     if beside is None:
         return ()
-    mask = make_mask(params, beside)
-    named = flatten_with_paths(mask, is_leaf=lambda entry: isinstance(entry, Part))[0]
+    named = named_entries(make_mask(params, beside))
     return tuple((path, entry) for path, entry in named if entry is not False)
 
 

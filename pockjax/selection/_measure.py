@@ -9,15 +9,14 @@ from typing import Any
 
 import optax
 
-from pockjax._paths import flatten_with_paths
 from pockjax.autodiff import Arrays
-from pockjax.masks import MaskError
+from pockjax.masks import MaskError, named_entries
 from pockjax.masks import mask as make_mask
 from pockjax.selection._channels import choose_channels
 from pockjax.selection._problem import Batch, Bound, Problem, arrays_of, as_batches
 from pockjax.selection._run import Runner
 from pockjax.selection._sensitivity import Sensitivity
-from pockjax.selection._units import Unit, is_part, union
+from pockjax.selection._units import Unit, union
 from pockjax.selection._units import units as find_units
 from pockjax.selection.criteria import criterion_named, elements_named
 
@@ -149,7 +148,7 @@ def _divided(batches: tuple[Batch, ...]) -> tuple[tuple[Batch, ...], tuple[Batch
 def _entries(params: PyTree, beside: Any) -> Any:
     if beside is None:
         return ()
-    named = flatten_with_paths(make_mask(params, beside), is_leaf=is_part)[0]
+    named = named_entries(make_mask(params, beside))
     entries = tuple((path, entry) for path, entry in named if entry is not False)
     if not entries:
         raise MaskError("beside names nothing to train")

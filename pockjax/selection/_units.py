@@ -11,7 +11,7 @@ import jax
 from pockjax._paths import flatten_with_paths
 from pockjax.adapters import AdaptedParams
 from pockjax.autodiff import inlined, is_array, trace
-from pockjax.masks import Part
+from pockjax.masks import Part, named_entries
 from pockjax.masks import mask as make_mask
 from pockjax.masks._resolve import is_trainable
 from pockjax.selection._consumers import Consumer, consumers
@@ -78,7 +78,7 @@ class Model:
         statistics = _batch_statistics(params)
         allowed: Sequence[Any] = [True] * len(named)
         if among is not None:
-            entries = dict(flatten_with_paths(make_mask(params, among), is_leaf=is_part)[0])
+            entries = dict(named_entries(make_mask(params, among)))
             allowed = [entries[path] is not False for path, _ in named]
             statistics = frozenset()
         left_out: dict[str, str] = {}
@@ -355,7 +355,3 @@ def _batch_statistics(params: PyTree) -> frozenset[str]:
         )
         found += [path for path, yes in flatten_with_paths(marked)[0] if yes]
     return frozenset(found)
-
-
-def is_part(node: Any) -> bool:
-    return isinstance(node, Part)
