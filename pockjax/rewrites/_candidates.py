@@ -10,6 +10,7 @@ from pockjax.rewrites._depthwise import multiply_adds, row_blocks
 from pockjax.rewrites._phases import phases
 from pockjax.rewrites._products import columns, dots, gradient_dots, undilated_dots
 from pockjax.rewrites._windows import Form
+from pockjax.rewrites._winograd import winograd
 
 ORIGINAL = "convolution"
 """The name of the form that was asked for."""
@@ -38,7 +39,11 @@ def candidates(conv: Convolution) -> Mapping[str, Form]:
     else:
         found[ORIGINAL] = conv.apply
         found["columns"] = columns(conv)
-        found["products of taps"] = gradient_dots(conv)
+        found["products of taps"] = dots(conv)
+        found["products of positions"] = gradient_dots(conv)
+        found["Winograd"] = winograd(conv, together=False)
+        found["Winograd, one product"] = winograd(conv, together=True)
         found["phases"] = phases(conv, lambda part: part.apply)
+        found["phases of products"] = phases(conv, dots)
     found.setdefault(ORIGINAL, conv.apply)
     return MappingProxyType({name: form for name, form in found.items() if form is not None})

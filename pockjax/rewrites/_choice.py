@@ -18,6 +18,7 @@ from pockjax.rewrites._windows import Form
 
 _SECONDS = 0.02  # of running, for each form
 _CLEARLY = 0.8  # of the guess's time, for another form to be taken
+_ROOM = 4  # times the bytes of arguments and result that intermediate arrays may take
 _NO_MATTER = 4 * 2**20  # bytes of intermediate arrays that any form may have
 _WORTH_TIMING = 500_000  # products; below that, any form is quick
 
@@ -71,7 +72,8 @@ def choose(conv: Convolution, *, measure: bool, memory: int | None) -> tuple[Cho
         conv: the convolution.
         measure: time the forms, unless that was done before; else the likeliest is taken.
         memory: bytes that a form's intermediate arrays may take; XLA's own form may take what it
-            takes. None for twice the bytes of the arguments and the result, or a few megabytes.
+            takes. None for four times the bytes of the arguments and the result, or a few
+            megabytes.
     """
     forms = candidates(conv)
     timings: dict[str, Timing] = {}
@@ -82,7 +84,7 @@ def choose(conv: Convolution, *, measure: bool, memory: int | None) -> tuple[Cho
         shapes = (conv.lhs_shape, conv.rhs_shape, conv.out_shape)
         arrays = sum(map(prod, shapes)) * jnp.dtype(conv.dtype).itemsize
         original = timings[ORIGINAL].temp_bytes
-        limit = max(2 * arrays, _NO_MATTER) if memory is None else memory
+        limit = max(_ROOM * arrays, _NO_MATTER) if memory is None else memory
         limit = max(limit, original)
         allowed = {name: t for name, t in timings.items() if t.temp_bytes <= limit}
         best = min(allowed, key=lambda name: timings[name].seconds)
@@ -115,6 +117,7 @@ def describe(conv: Convolution) -> str:
             words += f", {name} {sizes(values)}"
     if conv.is_grouped:
         words += f", {max(conv.feature_groups, conv.batch_groups)} groups"
+    words += ", kernel backwards" * conv.backwards
     return f"{words}, batch {batch}, {conv.dtype}"
 
 

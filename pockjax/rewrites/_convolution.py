@@ -33,6 +33,8 @@ class Convolution:
         feature_groups: groups of features that do not see each other.
         batch_groups: groups of the batch that give different output features.
         precision: of the products.
+        backwards: whether the window reads the kernel from its end, as the gradient of an input
+            does. `lax.conv_general_dilated` does not; `lax.rev` stands before it.
     """
 
     lhs_shape: tuple[int, ...]
@@ -49,6 +51,7 @@ class Convolution:
     feature_groups: int
     batch_groups: int
     precision: Any
+    backwards: bool = False
 
     @classmethod
     def of(cls, eqn: JaxprEqn) -> "Convolution | None":
@@ -149,6 +152,7 @@ class Convolution:
 
     def apply(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         """The convolution as it was asked for."""
+        rhs = lax.rev(rhs, self.rhs_spatial) if self.backwards else rhs
         return lax.conv_general_dilated(
             lhs,
             rhs,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pockjax.rewrites._convolution import Convolution
-from pockjax.rewrites._windows import Form
+from pockjax.rewrites._windows import Form, interleaved
 
 
 def phases(conv: Convolution, inner: Callable[[Convolution], Form | None]) -> Form | None:
@@ -34,7 +34,7 @@ def phases(conv: Convolution, inner: Callable[[Convolution], Form | None]) -> Fo
 
     def apply(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         # Each phase is one pixel short, or not; all are padded to the longest and cut in the end.
-        longest = [-(-n // d) for n, d in zip(conv.out_pixels, conv.lhs_dilation, strict=True)]
+        longest = tuple(-(-n // d) for n, d in zip(conv.out_pixels, conv.lhs_dilation, strict=True))
         out = []
         for part in parts:
             plan = plans[part]
@@ -47,11 +47,14 @@ def phases(conv: Convolution, inner: Callable[[Convolution], Form | None]) -> Fo
             small, first = plan
             start, limit, strides = [0] * rhs.ndim, list(rhs.shape), [1] * rhs.ndim
             for axis, t, d in zip(conv.rhs_spatial, first, conv.lhs_dilation, strict=True):
-                start[axis], strides[axis] = t, d
+                k = rhs.shape[axis]
+                start[axis] = (k - 1 - t) % d if conv.backwards else t
+                limit[axis] = k - t if conv.backwards else k
+                strides[axis] = d
             y = forms[part](lhs, lax.slice(rhs, start, limit, strides))
             grow = [(0, n - m, 0) for n, m in zip(shape, y.shape, strict=True)]
             out.append(lax.pad(y, jnp.zeros((), y.dtype), grow) if any(g[1] for g in grow) else y)
-        return _interleaved(conv, out, longest)
+        return interleaved(conv, out, conv.lhs_dilation, longest)
 
     return apply
 
@@ -88,22 +91,3 @@ def _phase(conv: Convolution, part: tuple[int, ...]) -> tuple[Convolution, tuple
         lhs_dilation=(1,) * len(part),
     )
     return small, tuple(first)
-
-
-def _interleaved(conv: Convolution, parts: list[jax.Array], longest: list[int]) -> jax.Array:
-    """Phases put together along each spatial axis, and cut to the result's size."""
-    dilation = conv.lhs_dilation
-    y = jnp.stack(parts).reshape(*dilation, *parts[0].shape)
-    rank = len(dilation)
-    order: list[int] = []
-    shape: list[int] = []
-    where = {axis: i for i, axis in enumerate(conv.out_spatial)}
-    for axis in range(len(conv.out_shape)):
-        order.append(rank + axis)
-        size = conv.out_shape[axis]
-        if axis in where:
-            order.append(where[axis])
-            size = longest[where[axis]] * dilation[where[axis]]
-        shape.append(size)
-    y = jnp.transpose(y, order).reshape(shape)
-    return lax.slice(y, [0] * y.ndim, conv.out_shape)

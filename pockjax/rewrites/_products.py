@@ -12,6 +12,7 @@ from pockjax.rewrites._windows import (
     MOST_TAPS,
     Form,
     at_tap,
+    forwards,
     padded,
     placed,
     taps,
@@ -32,7 +33,7 @@ def dots(conv: Convolution) -> Form | None:
         total = None
         for tap, offset in taps(conv):
             pixels = windowed(conv, x, offset, conv.out_pixels, conv.strides)
-            one = _contract(conv, pixels, lax.squeeze(at_tap(conv, rhs, tap), conv.rhs_spatial))
+            one = contract(conv, pixels, lax.squeeze(at_tap(conv, rhs, tap), conv.rhs_spatial))
             total = one if total is None else total + one
         assert total is not None
         return total
@@ -40,7 +41,7 @@ def dots(conv: Convolution) -> Form | None:
     return apply
 
 
-def _contract(conv: Convolution, pixels: jax.Array, kernel: jax.Array) -> jax.Array:
+def contract(conv: Convolution, pixels: jax.Array, kernel: jax.Array) -> jax.Array:
     """Input features against a kernel of just two axes, in the result's order of axes."""
     out_axis, in_axis = (0, 1) if conv.rhs_spec[0] < conv.rhs_spec[1] else (1, 0)
     feature, groups = conv.lhs_spec[1], conv.feature_groups
@@ -72,11 +73,11 @@ def columns(conv: Convolution) -> Form | None:
             [windowed(conv, x, at, conv.out_pixels, conv.strides) for _, at in taps(conv)], feature
         )
         out, into, *spatial = conv.rhs_spec
-        kernel = jnp.transpose(rhs, [*spatial, into, out])
+        kernel = jnp.transpose(forwards(conv, rhs), [*spatial, into, out])
         kernel = kernel.reshape(-1, rhs.shape[out])
         if conv.rhs_spec[0] < conv.rhs_spec[1]:
             kernel = kernel.T
-        return _contract(conv, wide, kernel)
+        return contract(conv, wide, kernel)
 
     return apply
 
@@ -87,7 +88,7 @@ def undilated_dots(conv: Convolution) -> Form | None:
         return None
 
     def apply(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        y = _contract(conv, lhs, lax.squeeze(rhs, conv.rhs_spatial))
+        y = contract(conv, lhs, lax.squeeze(rhs, conv.rhs_spatial))
         config = [(0, 0, 0)] * y.ndim
         strides = [1] * y.ndim
         for axis, (low, high), dilation, stride in zip(
@@ -106,34 +107,31 @@ def gradient_dots(conv: Convolution) -> Form | None:
         return None
 
     def apply(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        x = padded(conv, lhs)
-        contract_lhs = (conv.lhs_spec[1], *conv.lhs_spatial)
-        contract_rhs = (conv.rhs_spec[1], *conv.rhs_spatial)
+        x, rhs = padded(conv, lhs), forwards(conv, rhs)
         pieces = []
         for position in product(*map(range, conv.out_pixels)):
             at = tuple(p * s for p, s in zip(position, conv.strides, strict=True))
             seen = windowed(conv, x, at, conv.window, conv.rhs_dilation)
-            # XLA copies the first operand transposed; let that be the smaller one.
-            if rhs.shape[conv.rhs_spec[0]] < seen.shape[conv.lhs_spec[0]]:
-                pieces.append(_product(conv, rhs, seen, contract_rhs, contract_lhs).T)
-            else:
-                pieces.append(_product(conv, seen, rhs, contract_lhs, contract_rhs))
+            pieces.append(_product(conv, seen, rhs))
         return placed(conv, jnp.stack(pieces, -1))
 
     return apply
 
 
-def _product(
-    conv: Convolution,
-    a: jax.Array,
-    b: jax.Array,
-    contract_a: tuple[int, ...],
-    contract_b: tuple[int, ...],
-) -> jax.Array:
-    return lax.dot_general(
+def _product(conv: Convolution, seen: jax.Array, rhs: jax.Array) -> jax.Array:
+    """What the window sees at one position against the whole kernel: (batch, output feature)."""
+    operands = [
+        (seen, (conv.lhs_spec[1], *conv.lhs_spatial)),
+        (rhs, (conv.rhs_spec[1], *conv.rhs_spatial)),
+    ]
+    # XLA copies the first operand transposed; let that be the smaller one.
+    swap = rhs.shape[conv.rhs_spec[0]] < seen.shape[conv.lhs_spec[0]]
+    (a, contract_a), (b, contract_b) = reversed(operands) if swap else operands
+    y = lax.dot_general(
         a,
         b,
         ((contract_a, contract_b), ((), ())),
         precision=conv.precision,
         preferred_element_type=a.dtype,
     )
+    return y.T if swap else y

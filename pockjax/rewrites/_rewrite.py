@@ -1,7 +1,7 @@
 """Jaxpr to jaxpr: convolutions in their fastest form, everything else as it is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -55,8 +55,8 @@ def rewrite[**P, R](
         measure: time the forms of each new kind of convolution once on this machine, which takes
             a second or so for each; the timings are kept in the cache folder, `$POCKJAX_CACHE`.
             Otherwise the form is guessed.
-        memory: bytes that one form's intermediate arrays may take; by default twice the bytes of
-            its arguments and result.
+        memory: bytes that one form's intermediate arrays may take; by default four times the bytes
+            of its arguments and result.
 
     >>> import jax.numpy as jnp
     >>> blur = lambda x, w: jax.lax.conv_general_dilated(
@@ -110,18 +110,25 @@ class Rewriter:
         """The same function, its convolutions in the form chosen for each."""
         eqns: list[JaxprEqn] = []
         instead: dict[Any, Any] = {}  # of a convolution's result
+        reverses: dict[Any, JaxprEqn] = {}  # by their results
 
         def current(atom: Any) -> Any:
             return atom if isinstance(atom, Literal) else instead.get(atom, atom)
 
         for eqn in jaxpr.eqns:
             eqn = eqn.replace(invars=[current(atom) for atom in eqn.invars])
+            if eqn.primitive.name == "rev":
+                reverses[eqn.outvars[0]] = eqn
             conv = None if _is_sharded(eqn) else Convolution.of(eqn)
+            given = eqn.invars
+            if conv is not None and (rev := reverses.get(given[1])) is not None:
+                if sorted(rev.params["dimensions"]) == sorted(conv.rhs_spatial):
+                    conv, given = replace(conv, backwards=True), [given[0], rev.invars[0]]
             form = None if conv is None else self._form(conv)
             if form is not None:
                 settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-                made = _traced(form, tuple(v.aval for v in eqn.invars), settings)
-                [instead[eqn.outvars[0]]] = spliced(made, eqn.invars, eqns)
+                made = _traced(form, tuple(v.aval for v in given), settings)
+                [instead[eqn.outvars[0]]] = spliced(made, given, eqns)
             elif eqn.primitive.name in _ENTERED and (inner := subjaxprs(eqn)):
                 params = with_subjaxprs(eqn, [self.rewritten(body) for body in inner])
                 eqns.append(eqn.replace(params=params))

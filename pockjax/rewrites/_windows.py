@@ -50,8 +50,14 @@ def at_tap(conv: Convolution, rhs: jax.Array, tap: tuple[int, ...]) -> jax.Array
     """The kernel at one position, its spatial axes of size one."""
     start, limit = [0] * rhs.ndim, list(rhs.shape)
     for axis, t in zip(conv.rhs_spatial, tap, strict=True):
+        t = rhs.shape[axis] - 1 - t if conv.backwards else t
         start[axis], limit[axis] = t, t + 1
     return lax.slice(rhs, start, limit)
+
+
+def forwards(conv: Convolution, rhs: jax.Array) -> jax.Array:
+    """The kernel as the window reads it."""
+    return lax.rev(rhs, conv.rhs_spatial) if conv.backwards else rhs
 
 
 def to_out(conv: Convolution, x: jax.Array) -> jax.Array:
@@ -66,3 +72,30 @@ def placed(conv: Convolution, y: jax.Array) -> jax.Array:
     y = y.reshape(batch, features, *conv.out_pixels)
     where = {axis: i for i, axis in enumerate(conv.out_spec)}
     return jnp.transpose(y, [where[axis] for axis in range(y.ndim)])
+
+
+def interleaved(
+    conv: Convolution, parts: list[jax.Array], every: tuple[int, ...], count: tuple[int, ...]
+) -> jax.Array:
+    """Parts of the result put together, cut to its size.
+
+    Args:
+        conv: the convolution.
+        parts: in the result's order of axes; each holds ``count`` pixels that are ``every`` apart.
+        every: how far apart; there is a part for each pixel below that.
+        count: pixels along each spatial axis.
+    """
+    y = jnp.stack(parts).reshape(*every, *parts[0].shape)
+    rank = len(every)
+    order: list[int] = []
+    shape: list[int] = []
+    where = {axis: i for i, axis in enumerate(conv.out_spatial)}
+    for axis in range(len(conv.out_shape)):
+        order.append(rank + axis)
+        size = conv.out_shape[axis]
+        if axis in where:
+            order.append(where[axis])
+            size = count[where[axis]] * every[where[axis]]
+        shape.append(size)
+    y = jnp.transpose(y, order).reshape(shape)
+    return lax.slice(y, [0] * y.ndim, conv.out_shape)

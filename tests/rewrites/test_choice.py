@@ -111,8 +111,8 @@ def test_memory_limits_the_choice(cache, monkeypatch):
 
 @pytest.mark.parametrize(
     ("pixels", "times", "form"),
-    [(16, 2.5, "multiply-adds"), (64, 1.5, "multiply-adds"), (64, 3.0, ORIGINAL)],
-    ids=["copies of a small image", "a copy of a large one", "copies of a large one"],
+    [(16, 2.5, "multiply-adds"), (64, 3.5, "multiply-adds"), (64, 4.5, ORIGINAL)],
+    ids=["copies of a small image", "a few copies of a large one", "many copies of a large one"],
 )
 def test_memory_that_a_form_may_take_by_default(cache, monkeypatch, pixels, times, form):
     """Of small images the padded copies alone can be larger than the arrays."""

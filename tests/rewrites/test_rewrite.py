@@ -7,6 +7,8 @@ import pytest
 from jax import lax
 
 import pockjax as pj
+from pockjax.rewrites import Choice, _rewrite
+from pockjax.rewrites._candidates import ORIGINAL, candidates
 from tests.rewrites.convolutions import convolutions
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -101,6 +103,28 @@ def test_bodies_are_entered():
     check(rewrite(fun)(PARAMS, x), fun(PARAMS, x))
     gradient = jax.grad(fun)
     check(jax.jit(rewrite(gradient))(PARAMS, x), gradient(PARAMS, x))
+
+
+def test_the_gradient_of_an_input_reads_its_kernel_backwards(monkeypatch):
+    """No reversed copy of the kernel is made, in whichever form it is computed."""
+    met = []
+
+    def first_of_ours(conv, *, measure, memory):
+        forms = {k: f for k, f in candidates(conv).items() if k != ORIGINAL}
+        met.append(conv)
+        return Choice("", next(iter(forms)), {}), next(iter(forms.values()))
+
+    monkeypatch.setattr(_rewrite, "choose", first_of_ours)
+    w, x, ct = draw(3, 3, 4, 5), draw(2, 7, 7, 4, seed=1), draw(2, 7, 7, 5, seed=2)
+
+    def gradient(x, w, ct):
+        return jax.vjp(lambda x: conv(x, w), x)[1](ct)[0]
+
+    check(rewrite(gradient)(x, w, ct), gradient(x, w, ct))
+    assert [conv.backwards for conv in met] == [False, True]
+    # Turned about one axis alone, it is no such kernel.
+    check(rewrite(lambda x, w: conv(x, lax.rev(w, (0,))))(x, w), conv(x, jnp.flip(w, 0)))
+    assert not met[-1].backwards
 
 
 def test_custom_derivatives_are_kept():
