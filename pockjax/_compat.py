@@ -39,6 +39,7 @@ __all__ = [
     "Literal",
     "Primitive",
     "Var",
+    "array_type",
     "backends_are_initialized",
     "bind",
     "cast_to_aval",
@@ -47,6 +48,7 @@ __all__ = [
     "eqn_context",
     "eval_jaxpr",
     "is_reference",
+    "is_sharded",
     "new_var",
     "primal_of",
     "scan_arity",
@@ -70,6 +72,17 @@ def shape_of(atom: Any) -> tuple[int, ...]:
 def dtype_of(atom: Any) -> Any:
     """Dtype of a jaxpr's variable or literal."""
     return atom.aval.dtype
+
+
+def is_sharded(eqn: JaxprEqn) -> bool:
+    """Whether types say how an equation's arrays are spread over a mesh."""
+    avals: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    return any(not aval.sharding.mesh.empty for aval in avals)
+
+
+def array_type(shape: tuple[int, ...], like: Any) -> Any:
+    """The type of an array of another shape, spread over no mesh."""
+    return _public_core.ShapedArray(shape, like.dtype, weak_type=like.weak_type)
 
 
 def is_reference(var: Any) -> bool:

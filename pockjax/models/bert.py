@@ -149,6 +149,11 @@ class Attention(nnx.Module):
         return self.norm(x + self.output(mixed.reshape(x.shape)))
 
 
+def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by erf, as it was published; `jax.nn.gelu` calls erfc, twice as slow on a CPU."""
+    return 0.5 * x * (1 + jax.lax.erf(x / 2**0.5))
+
+
 class FeedForward(nnx.Module):
     """Two projections with a GELU between, the residual sum, and its norm."""
 
@@ -160,7 +165,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         """Transform each token on its own."""
-        return self.norm(x + self.down(jax.nn.gelu(self.up(x), approximate=False)))
+        return self.norm(x + self.down(_gelu(self.up(x))))
 
 
 class Layer(nnx.Module):

@@ -7,10 +7,22 @@ from typing import Any
 
 import jax
 
-from pockjax._compat import Jaxpr, JaxprEqn, Literal, eval_jaxpr, subjaxprs, with_subjaxprs
-from pockjax.autodiff import Arrays, spliced
+from pockjax._compat import (
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    eval_jaxpr,
+    is_sharded,
+    subjaxprs,
+    with_subjaxprs,
+)
+from pockjax.autodiff import Arrays, inlined, spliced
 from pockjax.rewrites._choice import Choice, choose
 from pockjax.rewrites._convolution import Convolution
+from pockjax.rewrites._operands import with_small_transposes
+from pockjax.rewrites._scales import with_small_scales
+from pockjax.rewrites._scatters import without_row_scatters
+from pockjax.rewrites._unit_axes import without_unit_axes
 from pockjax.rewrites._windows import Form
 
 BACKENDS = ("cpu",)
@@ -28,6 +40,15 @@ _ENTERED = {
     "custom_jvp_call",
     "closed_call",
 }
+
+_STEPS = (
+    inlined,
+    without_row_scatters,
+    without_unit_axes,
+    with_small_scales,
+    with_small_transposes,
+)
+"""What is done for every function; convolutions come after, in one of several forms each."""
 
 
 def rewrite[**P, R](
@@ -108,6 +129,8 @@ class Rewriter:
 
     def rewritten(self, jaxpr: Jaxpr) -> Jaxpr:
         """The same function, its convolutions in the form chosen for each."""
+        for step in _STEPS:
+            jaxpr = step(jaxpr)
         eqns: list[JaxprEqn] = []
         instead: dict[Any, Any] = {}  # of a convolution's result
         reverses: dict[Any, JaxprEqn] = {}  # by their results
@@ -119,7 +142,7 @@ class Rewriter:
             eqn = eqn.replace(invars=[current(atom) for atom in eqn.invars])
             if eqn.primitive.name == "rev":
                 reverses[eqn.outvars[0]] = eqn
-            conv = None if _is_sharded(eqn) else Convolution.of(eqn)
+            conv = None if is_sharded(eqn) else Convolution.of(eqn)
             given = eqn.invars
             if conv is not None and (rev := reverses.get(given[1])) is not None:
                 if sorted(rev.params["dimensions"]) == sorted(conv.rhs_spatial):
@@ -148,9 +171,3 @@ def _traced(form: Form, avals: tuple[Any, ...], settings: tuple[Any, ...]) -> Ja
     """A form's operations; networks repeat their layers, and a search rewrites the same ones."""
     del settings  # under which it is traced: another key
     return jax.make_jaxpr(form)(*avals)
-
-
-def _is_sharded(eqn: JaxprEqn) -> bool:
-    """Whether types say how arrays are spread over a mesh, which a form would have to keep."""
-    avals: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-    return any(not aval.sharding.mesh.empty for aval in avals)
