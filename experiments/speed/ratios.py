@@ -103,8 +103,9 @@ def bounds(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """How far our forward pass and our step are from the machine's limits.
 
     Returns:
-        For "forward" and "step": milliseconds measured, milliseconds of the products alone and of
-        the memory traffic alone, and the shares that these are of the whole.
+        For "forward" and "step": milliseconds measured, those of the products alone, those that the
+        products would take at the rate of a large one, those of the memory traffic alone, and the
+        shares that these are of the whole.
     """
     limits, found = result["limits"], {}
     for what, name in (("forward", "pockjax-forward"), ("step", OURS)):
@@ -117,6 +118,7 @@ def bounds(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         found[what] = {
             "milliseconds": whole,
             "products": products,
+            "at_best": 1e3 * limits[what]["flops"] / limits["machine"]["flops_per_second"],
             "traffic": traffic,
             "products_share": products / whole,
             "traffic_share": traffic / whole,

@@ -1,4 +1,4 @@
-"""Jaxpr to jaxpr: convolutions in their fastest form, everything else as it is."""
+"""Jaxpr to jaxpr: convolutions in their fastest form, products as XLA's libraries like them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -62,9 +62,12 @@ def rewrite[**P, R](
 
     On a CPU, XLA computes depthwise convolutions, and the gradients of many others, tens of times
     slower than the machine can (jax#23713, jax#13800). Here each convolution takes the fastest of
-    several equal forms: matrix products, shifted multiply-adds, blocks of rows. Results differ by
-    rounding. It is a transform like any other, under jit, vmap, grad and scan, and is best used
-    last: ``pj.rewrite(jax.grad(loss))`` finds the gradient's convolutions too, which
+    several equal forms: matrix products, shifted multiply-adds, blocks of rows, Winograd's
+    filtering (arXiv:1509.09308). Attention and the gradient of a cross entropy are brought to where
+    XLA computes them without writing what is read just once. Results differ by rounding.
+
+    It is a transform like any other, under jit, vmap, grad and scan, and is best used last:
+    ``pj.rewrite(jax.grad(loss))`` finds the gradient's operations too, which
     ``jax.grad(pj.rewrite(loss))`` has no part in.
 
     `pockjax.compile` does this by itself.
