@@ -76,8 +76,8 @@ def dtype_of(atom: Any) -> Any:
 
 def is_sharded(eqn: JaxprEqn) -> bool:
     """Whether types say how an equation's arrays are spread over a mesh."""
-    avals: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-    return any(not aval.sharding.mesh.empty for aval in avals)
+    types = (getattr(v.aval, "sharding", None) for v in (*eqn.invars, *eqn.outvars))
+    return any(sharding is not None and not sharding.mesh.empty for sharding in types)
 
 
 def array_type(shape: tuple[int, ...], like: Any) -> Any:

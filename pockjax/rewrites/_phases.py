@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pockjax.rewrites._convolution import Convolution
-from pockjax.rewrites._windows import Form, interleaved
+from pockjax.rewrites._windows import Form, assembled
 
 
 def phases(conv: Convolution, inner: Callable[[Convolution], Form | None]) -> Form | None:
@@ -54,7 +54,7 @@ def phases(conv: Convolution, inner: Callable[[Convolution], Form | None]) -> Fo
             y = forms[part](lhs, lax.slice(rhs, start, limit, strides))
             grow = [(0, n - m, 0) for n, m in zip(shape, y.shape, strict=True)]
             out.append(lax.pad(y, jnp.zeros((), y.dtype), grow) if any(g[1] for g in grow) else y)
-        return interleaved(conv, out, conv.lhs_dilation, longest)
+        return assembled(conv, out, conv.lhs_dilation)
 
     return apply
 

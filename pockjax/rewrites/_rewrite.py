@@ -20,6 +20,7 @@ from pockjax.autodiff import Arrays, inlined, spliced
 from pockjax.rewrites._choice import Choice, choose
 from pockjax.rewrites._convolution import Convolution
 from pockjax.rewrites._operands import with_small_transposes
+from pockjax.rewrites._pools import without_selecting_scatters
 from pockjax.rewrites._scales import with_small_scales
 from pockjax.rewrites._scatters import without_row_scatters
 from pockjax.rewrites._unit_axes import without_unit_axes
@@ -41,9 +42,10 @@ _ENTERED = {
     "closed_call",
 }
 
-_STEPS = (
+_STEPS: tuple[Callable[[Jaxpr], Jaxpr], ...] = (
     inlined,
     without_row_scatters,
+    without_selecting_scatters,
     without_unit_axes,
     with_small_scales,
     with_small_transposes,
@@ -64,7 +66,8 @@ def rewrite[**P, R](
     slower than the machine can (jax#23713, jax#13800). Here each convolution takes the fastest of
     several equal forms: matrix products, shifted multiply-adds, blocks of rows, Winograd's
     filtering (arXiv:1509.09308). Attention and the gradient of a cross entropy are brought to where
-    XLA computes them without writing what is read just once. Results differ by rounding.
+    XLA computes them without writing what is read just once. Results differ by rounding; that of
+    Winograd's filtering is a few times as large.
 
     It is a transform like any other, under jit, vmap, grad and scan, and is best used last:
     ``pj.rewrite(jax.grad(loss))`` finds the gradient's operations too, which
@@ -132,8 +135,10 @@ class Rewriter:
 
     def rewritten(self, jaxpr: Jaxpr) -> Jaxpr:
         """The same function, its convolutions in the form chosen for each."""
-        for step in _STEPS:
-            jaxpr = step(jaxpr)
+        # Effects name the variables of mutable arrays; such functions stay as they are.
+        if not any(eqn.effects for eqn in jaxpr.eqns):
+            for step in _STEPS:
+                jaxpr = step(jaxpr)
         eqns: list[JaxprEqn] = []
         instead: dict[Any, Any] = {}  # of a convolution's result
         reverses: dict[Any, JaxprEqn] = {}  # by their results

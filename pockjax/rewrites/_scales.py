@@ -7,15 +7,17 @@ from typing import Any
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dtype_of, is_sharded, new_var, shape_of
 
 _SCALES = ("mul", "div")
-_DIGITS = ("float32", "float64")  # to which one more rounding does not matter
+_DTYPES = ("float32", "float64")  # to which one more rounding does not matter
+_FAR = 1e4  # from one; such a scale may be there to keep a product within range
 
 
 def with_small_scales(jaxpr: Jaxpr) -> Jaxpr:
     """Numbers multiplied to a product's operand or to its result, whichever is smaller.
 
     ``(a @ b) * 0.5`` becomes ``(a * 0.5) @ b``, and ``(a * 0.5) @ b`` becomes ``(a @ b) * 0.5``,
-    where that multiplies fewer elements. In attention the scores are the largest arrays, and XLA
-    for the CPU has them written where they are scaled.
+    where that multiplies fewer elements, and the number is within a factor of 10,000 of one: others
+    may have been put where they are to keep a product within range. In attention the scores are the
+    largest arrays, and XLA for the CPU has them written where they are scaled.
 
     Args:
         jaxpr: with its jits inlined. What is inside of other operations is left alone.
@@ -31,8 +33,11 @@ def with_small_scales(jaxpr: Jaxpr) -> Jaxpr:
             eqns.append(eqn)
             continue
         [out] = eqn.outvars
-        late = [scale for a in eqn.invars if (scale := plan.of(a)) is not None]
-        operands = [a if plan.of(a) is None else _scaled(plan.of(a)) for a in eqn.invars]
+        late, operands = [], list(eqn.invars)
+        for i, a in enumerate(eqn.invars):
+            if (scale := plan.of(a)) is not None:
+                late.append(scale)
+                operands[i] = _scaled(scale)
         if (scale := plan.before.get(out)) is not None:
             i = _smaller(eqn)
             small = new_var(operands[i].aval)
@@ -94,15 +99,17 @@ def _is_product(eqn: JaxprEqn) -> bool:
     return len({str(dtype_of(v)) for v in (*eqn.invars, *eqn.outvars)}) == 1
 
 
-def _scaled(eqn: JaxprEqn | None) -> Any:
+def _scaled(eqn: JaxprEqn) -> Any:
     """What an equation multiplies with one number, or divides by it; None if it does not."""
-    if eqn is None or eqn.primitive.name not in _SCALES or is_sharded(eqn):
+    if eqn.primitive.name not in _SCALES or is_sharded(eqn):
         return None
     x, number = eqn.invars
     if eqn.primitive.name == "mul" and isinstance(x, Literal):
         x, number = number, x
-    known = isinstance(number, Literal) and not isinstance(x, Literal)
-    return x if known and str(dtype_of(x)) in _DIGITS else None
+    if not isinstance(number, Literal) or isinstance(x, Literal):
+        return None
+    near = 1 / _FAR <= abs(number.val) <= _FAR
+    return x if near and str(dtype_of(x)) in _DTYPES else None
 
 
 def _smaller(product: JaxprEqn) -> int:

@@ -73,6 +73,8 @@ def _selected(eqn: JaxprEqn, index: jax.Array, updates: jax.Array) -> jax.Array:
     outside = [i for i in range(updates.ndim) if i not in inside]
     # The axes of the updates that are no window's are those of the indices, in order.
     where = inside | {i: rows[k] for k, i in enumerate(outside) if k in rows}
+    if jnp.iinfo(index.dtype).max < shape[axis]:
+        index = index.astype(jnp.int32)
     here = lax.broadcasted_iota(index.dtype, shape, axis) == _placed(index, rows, shape)
     return jnp.where(here, _placed(updates, where, shape), jnp.zeros((), updates.dtype))
 

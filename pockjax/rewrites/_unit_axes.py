@@ -74,7 +74,7 @@ class _Thinning:
 
     def whole(self, atom: Any) -> Any:
         """An atom as it was."""
-        return self.shaped(self._now(atom), shape_of(atom))
+        return atom if self._now(atom) is atom else self.shaped(self._now(atom), shape_of(atom))
 
     def thin(self, atom: Any) -> Any:
         """An atom without its unit axes."""
@@ -114,7 +114,7 @@ class _Thinning:
         return out
 
     def _is_thin(self, atom: Any) -> bool:
-        return not isinstance(atom, Literal) and 1 in shape_of(atom) and atom in self.instead
+        return not isinstance(atom, Literal) and atom in self.instead and 1 in shape_of(atom)
 
     def _now(self, atom: Any) -> Any:
         return atom if isinstance(atom, Literal) else self.instead.get(atom, atom)
@@ -149,7 +149,8 @@ def _without(shape: Shape) -> Shape:
 
 def _positions(shape: Shape) -> dict[int, int]:
     """Where each axis stands among those that are not of size one."""
-    return {axis: i for i, axis in enumerate(i for i, n in enumerate(shape) if n != 1)}
+    kept = [axis for axis, n in enumerate(shape) if n != 1]
+    return {axis: place for place, axis in enumerate(kept)}
 
 
 def _elementwise(work: _Thinning, eqn: JaxprEqn) -> Any:

@@ -1,6 +1,6 @@
 """Reading a convolution's input through its window, one position at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import jax
@@ -74,28 +74,22 @@ def placed(conv: Convolution, y: jax.Array) -> jax.Array:
     return jnp.transpose(y, [where[axis] for axis in range(y.ndim)])
 
 
-def interleaved(
-    conv: Convolution, parts: list[jax.Array], every: tuple[int, ...], count: tuple[int, ...]
-) -> jax.Array:
-    """Parts of the result put together, cut to its size.
+def interleaved(parts: list[jax.Array], every: Sequence[int]) -> jax.Array:
+    """Arrays put together, elements of each ``every`` so many apart along each axis.
 
     Args:
-        conv: the convolution.
-        parts: in the result's order of axes; each holds ``count`` pixels that are ``every`` apart.
-        every: how far apart; there is a part for each pixel below that.
-        count: pixels along each spatial axis.
+        parts: of one shape; there is one for each index below ``every``, in order.
+        every: how far apart, for each axis.
     """
     y = jnp.stack(parts).reshape(*every, *parts[0].shape)
     rank = len(every)
-    order: list[int] = []
-    shape: list[int] = []
-    where = {axis: i for i, axis in enumerate(conv.out_spatial)}
-    for axis in range(len(conv.out_shape)):
-        order.append(rank + axis)
-        size = conv.out_shape[axis]
-        if axis in where:
-            order.append(where[axis])
-            size = count[where[axis]] * every[where[axis]]
-        shape.append(size)
-    y = jnp.transpose(y, order).reshape(shape)
-    return lax.slice(y, [0] * y.ndim, conv.out_shape)
+    y = jnp.transpose(y, [i for axis in range(rank) for i in (rank + axis, axis)])
+    return y.reshape([n * s for n, s in zip(parts[0].shape, every, strict=True)])
+
+
+def assembled(conv: Convolution, parts: list[jax.Array], every: Sequence[int]) -> jax.Array:
+    """Parts of a convolution's result, whose pixels are ``every`` so many apart, put together."""
+    steps = [1] * len(conv.out_shape)
+    for axis, step in zip(conv.out_spatial, every, strict=True):
+        steps[axis] = step
+    return lax.slice(interleaved(parts, steps), [0] * len(steps), conv.out_shape)

@@ -17,7 +17,7 @@ from jax import lax
 
 from pockjax.rewrites._convolution import Convolution
 from pockjax.rewrites._products import contract
-from pockjax.rewrites._windows import Form, at_tap, interleaved, padded, windowed
+from pockjax.rewrites._windows import Form, assembled, at_tap, padded, windowed
 
 Sums = Callable[[list[jax.Array]], list[jax.Array]]
 
@@ -49,7 +49,7 @@ def winograd(conv: Convolution, *, together: bool) -> Form | None:
             flat = [contract(conv, p, k) for p, k in pairs]
         products = [flat[i : i + TILE] for i in range(0, len(flat), TILE)]
         parts = [*chain(*_both(_to_result, products))]
-        return interleaved(conv, parts, (STEP, STEP), count)
+        return assembled(conv, parts, (STEP, STEP))
 
     return apply
 

@@ -188,6 +188,18 @@ def test_scales_behind_products():
     assert max(sizes) < big.size
 
 
+@pytest.mark.parametrize("scale", [jnp.inf, 0.0, 1e-30, 1e30])
+def test_scales_that_a_product_would_not_bear(scale):
+    """Zero times infinity is no number, and a large product without its small scale overflows."""
+    a, b = jnp.asarray([[1.0, 0.0]] * 9), jnp.full((2, 8), 1e20)
+
+    def fun(a, b):
+        return (a @ b) * scale, ((c := a.T * scale).T @ b, b.T @ c)
+
+    found, expected = rewrite(fun)(a, b), fun(a, b)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_half_precision_is_scaled_where_it_was():
     a, b = array(9, 2, dtype=jnp.bfloat16), array(2, 8, dtype=jnp.bfloat16)
 
@@ -256,3 +268,71 @@ def test_the_gradient_of_a_cross_entropy_scatters_nothing():
     lookup = jax.grad(lambda table: jnp.sum(table[labels] ** 2))
     assert named(rewrite(lookup), table, name="scatter-add")
     check(rewrite(lookup)(table), lookup(table))
+
+
+def test_indices_of_eight_bits_along_a_longer_axis():
+    index = jnp.asarray([[5], [100]], jnp.int8)
+    numbers = lax.ScatterDimensionNumbers((), (1,), (1,), (0,), (0,))
+
+    def fun(updates):
+        return lax.scatter_add(jnp.zeros((2, 300)), index, updates, numbers, mode="drop")
+
+    updates = jnp.ones(2)
+    assert not named(rewrite(fun), updates, name="scatter-add")
+    check(rewrite(fun)(updates), fun(updates))
+
+
+@pytest.mark.parametrize("loop", ["scan", "while", "fori", "cond"])
+def test_mutable_arrays(loop):
+    def fun(x):
+        ref = jax.new_ref(x)
+
+        def double(*_):
+            ref[0] = ref[0] * 2
+
+        if loop == "scan":
+            lax.scan(lambda c, i: (double() or c, None), 0, jnp.arange(3))
+        elif loop == "while":
+            lax.while_loop(lambda c: c < 3, lambda c: double() or c + 1, 0)
+        elif loop == "fori":
+            lax.fori_loop(0, 3, lambda i, c: double() or c, 0)
+        else:
+            lax.cond(x[0] > 0, double, lambda: None)
+        return ref[...] + jnp.einsum("bik,bkj->bij", x[None, None], x[None, :, None]).sum()
+
+    x = jnp.arange(1.0, 4.0)
+    for transform in (lambda f: f, jax.jit):
+        check(transform(rewrite(fun))(x), fun(x))
+
+
+def test_tokens():
+    def fun(x):
+        lax.create_token(x)
+        return jnp.einsum("bik,bkj->bij", x, x)
+
+    check(rewrite(fun)(array(1, 3, 3)), fun(array(1, 3, 3)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_gradients_of_pooling(data):
+    """Equal numbers, windows with gaps and overlaps, padding, and nothing but minus infinity."""
+    rank = data.draw(st.integers(1, 3))
+    size = st.integers(1, 3)
+    window, strides = (data.draw(st.lists(size, min_size=rank, max_size=rank)) for _ in range(2))
+    shape = [w + data.draw(st.integers(0, 4)) for w in window]
+    pad = data.draw(st.sampled_from(["SAME", "VALID", [(1, 1)] * rank]))
+    start, pick = data.draw(st.sampled_from([(-jnp.inf, lax.max), (jnp.inf, lax.min)]))
+    x = jnp.asarray(np.random.default_rng(0).integers(-2, 3, shape), jnp.float32)
+    x = jnp.where(x == data.draw(st.integers(-2, 2)), start, x)
+
+    def pool(x):
+        return lax.reduce_window(x, start, pick, window, strides, pad)
+
+    ct = array(*jax.eval_shape(pool, x).shape)
+
+    def gradient(x, ct):
+        return jax.vjp(pool, x)[1](ct)[0]
+
+    check(jax.jit(rewrite(gradient))(x, ct), jax.jit(gradient)(x, ct))
+    assert not named(rewrite(gradient), x, ct, name="select_and_scatter_add")
