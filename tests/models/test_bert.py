@@ -13,7 +13,7 @@ from scipy.special import erf
 from tokenizers import Tokenizer
 
 from pockjax import models
-from pockjax.models import BertConfig, load_bert
+from pockjax.models import BertConfig, bert, load_bert
 from pockjax.weights import WeightsError
 
 _BERT = {
@@ -223,6 +223,19 @@ def test_other_architectures_are_refused(publish_bert, change):
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="10 is not a multiple of heads 4"):
         BertConfig(vocabulary=4, width=10, layers=1, heads=4, ffn_width=8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_gelu(dtype):
+    """To the rounding of its dtype, and of float32 where that is coarser than the result."""
+    x = jnp.linspace(-8, 8, 4001, dtype=dtype)
+    exact = np.asarray(x, np.float64)
+    exact = 0.5 * exact * (1 + erf(exact / 2**0.5))
+    found = bert._gelu(x)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64), exact, rtol=float(jnp.finfo(dtype).eps), atol=1e-6
+    )
 
 
 def test_registry(minilm, publish_bert):
