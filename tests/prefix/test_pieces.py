@@ -184,7 +184,16 @@ def test_a_step_in_pieces_takes_less_memory_and_gives_the_same(
 def test_pieces_of_microbatches_and_of_several_steps() -> None:
     params, mask, batch = wide()
     whole, step = (
-        pj.compile(network, mask, optax.sgd(0.1), params, *batch, accumulate=2, front_pieces=pieces)
+        pj.compile(
+            network,
+            mask,
+            optax.sgd(0.1),
+            params,
+            *batch,
+            accumulate=2,
+            front_pieces=pieces,
+            rewrites="guessed",  # which forms are measured as the fastest changes what memory is
+        )  # fmt: skip
         for pieces in (1, 4)
     )
     assert step.report.front_pieces == 4
