@@ -4,9 +4,11 @@ from pockjax.autodiff._cheap import ELEMENTWISE as ELEMENTWISE
 from pockjax.autodiff._exposed import Fallback as Fallback
 from pockjax.autodiff._indices import IndexedMask as IndexedMask
 from pockjax.autodiff._jaxprs import CALLS as CALLS
+from pockjax.autodiff._jaxprs import Replacement as Replacement
+from pockjax.autodiff._jaxprs import computed as computed
 from pockjax.autodiff._jaxprs import consts_as_inputs as consts_as_inputs
 from pockjax.autodiff._jaxprs import inlined as inlined
-from pockjax.autodiff._jaxprs import renamed as renamed
+from pockjax.autodiff._jaxprs import replaced as replaced
 from pockjax.autodiff._jaxprs import size_in_bytes as size_in_bytes
 from pockjax.autodiff._jaxprs import spliced as spliced
 from pockjax.autodiff._jaxprs import tidied as tidied

@@ -1,7 +1,7 @@
 """Jaxprs as data: sizes, splicing, inlining."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from pockjax._compat import (
 )
 
 Atom = Var | Literal
+Replacement = tuple[Jaxpr, Sequence[Atom]]
+"""A function without constants, and what it is applied to."""
 
 
 def size_in_bytes(aval: Any) -> int:
@@ -99,6 +101,31 @@ def spliced(jaxpr: Jaxpr, args: Sequence[Atom], eqns: list[JaxprEqn]) -> list[At
         env.update(zip(eqn.outvars, outs, strict=True))
         eqns.append(eqn.replace(invars=ins, outvars=outs))
     return [a if isinstance(a, Literal) else env[a] for a in jaxpr.outvars]
+
+
+def replaced(jaxpr: Jaxpr, rule: Callable[[JaxprEqn], JaxprEqn | Replacement]) -> Jaxpr:
+    """``jaxpr`` with some of its equations computed in another way.
+
+    Args:
+        jaxpr: any jaxpr.
+        rule: called with each equation in order, its operands those that now stand for the former
+            ones. It returns an equation with the same results, or, instead of one with one result,
+            a function and what that is applied to; see `computed`.
+    """
+    eqns: list[JaxprEqn] = []
+    instead: dict[Var, Atom] = {}
+    for eqn in jaxpr.eqns:
+        now = rule(eqn.replace(invars=renamed(eqn.invars, instead)))
+        if isinstance(now, JaxprEqn):
+            eqns.append(now)
+        else:
+            [instead[eqn.outvars[0]]] = spliced(*now, eqns)
+    return jaxpr.replace(eqns=eqns, outvars=renamed(jaxpr.outvars, instead))
+
+
+def computed(fun: Callable[..., Any], *operands: Atom) -> Replacement:
+    """What a rule of `replaced` returns for ``fun(*operands)``."""
+    return jax.make_jaxpr(fun)(*(a.aval for a in operands)), operands
 
 
 def renamed(atoms: Sequence[Atom], names: dict[Var, Atom]) -> list[Atom]:

@@ -150,12 +150,15 @@ class Convolution:
             jax.ShapeDtypeStruct(self.rhs_shape, self.dtype),
         )
 
+    def forwards(self, rhs: jax.Array) -> jax.Array:
+        """The kernel in the order in which the window reads it."""
+        return lax.rev(rhs, self.rhs_spatial) if self.backwards else rhs
+
     def apply(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         """The convolution as it was asked for."""
-        rhs = lax.rev(rhs, self.rhs_spatial) if self.backwards else rhs
         return lax.conv_general_dilated(
             lhs,
-            rhs,
+            self.forwards(rhs),
             self.strides,
             self.padding,
             self.lhs_dilation,

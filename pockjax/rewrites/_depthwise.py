@@ -12,7 +12,6 @@ from pockjax.rewrites._windows import (
     MOST_TAPS,
     Form,
     at_tap,
-    forwards,
     padded,
     placed,
     taps,
@@ -63,7 +62,7 @@ def row_blocks(conv: Convolution) -> Form | None:
     def apply(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         # (images, rows, columns, channels), which is how they lie in memory where channels do last.
         x = jnp.transpose(padded(conv, lhs), [*conv.lhs_spec[1:], conv.lhs_spec[0]])
-        ct = jnp.transpose(forwards(conv, rhs), [*conv.rhs_spec[1:], conv.rhs_spec[0]])
+        ct = jnp.transpose(conv.forwards(rhs), [*conv.rhs_spec[1:], conv.rhs_spec[0]])
         images, channels = x.shape[0], x.shape[3]
         (down, right), (dy, dx) = conv.rhs_dilation, conv.strides
         outs = list(product(*map(range, conv.out_pixels)))

@@ -1,14 +1,13 @@
 """Products of batches of matrices with the smaller operand first."""
 
-from functools import lru_cache
 from math import prod
 from typing import Any
 
 import jax
 from jax import lax
 
-from pockjax._compat import Jaxpr, JaxprEqn, array_type, is_sharded, new_var, shape_of
-from pockjax.autodiff import renamed, spliced
+from pockjax._compat import Jaxpr, JaxprEqn, is_sharded, shape_of
+from pockjax.autodiff import computed, replaced
 
 
 def with_small_transposes(jaxpr: Jaxpr) -> Jaxpr:
@@ -16,39 +15,19 @@ def with_small_transposes(jaxpr: Jaxpr) -> Jaxpr:
 
     The gradient of attention's keys is a product of the transposed scores with the queries. No
     library of XLA's for the CPU takes a first operand that is transposed: another, slower one is
-    called, or the operand is copied. The second operand may lie either way.
+    called, or the operand is copied. The second operand may lie either way. Products without a
+    batch stay as they are: to transpose their results would take longer.
 
     Args:
         jaxpr: with its jits inlined. What is inside of other operations is left alone.
     """
-    if not any(_is_turned(eqn) for eqn in jaxpr.eqns):
-        return jaxpr
-    eqns: list[JaxprEqn] = []
-    instead: dict[Any, Any] = {}
-    for eqn in jaxpr.eqns:
-        eqn = eqn.replace(invars=renamed(eqn.invars, instead))
+
+    def rule(eqn: JaxprEqn) -> Any:
         if not _is_turned(eqn):
-            eqns.append(eqn)
-            continue
-        [out] = eqn.outvars
-        (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
-        numbers = ((contract_b, contract_a), (batch_b, batch_a))
-        *batch, rows, columns = shape_of(out)
-        swapped = new_var(array_type((*batch, columns, rows), out.aval))
-        params = {**eqn.params, "dimension_numbers": numbers}
-        if isinstance(precision := params["precision"], tuple):
-            params["precision"] = precision[::-1]
-        eqns.append(eqn.replace(invars=eqn.invars[::-1], outvars=[swapped], params=params))
-        [instead[out]] = spliced(_turned(swapped.aval), [swapped], eqns)
-    return jaxpr.replace(eqns=eqns, outvars=renamed(jaxpr.outvars, instead))
+            return eqn
+        return computed(lambda a, b: _turned(eqn, a, b), *eqn.invars)
 
-
-@lru_cache(maxsize=4096)
-def _turned(aval: Any) -> Jaxpr:
-    """The exchange of the last two axes of an array of that type."""
-    order = [*range(aval.ndim - 2), aval.ndim - 1, aval.ndim - 2]
-    # Without the barrier, XLA makes of product and transpose the product that was asked for.
-    return jax.make_jaxpr(lambda x: lax.transpose(lax.optimization_barrier(x), order))(aval)
+    return replaced(jaxpr, rule)
 
 
 def _is_turned(eqn: JaxprEqn) -> bool:
@@ -62,3 +41,16 @@ def _is_turned(eqn: JaxprEqn) -> bool:
         return False
     [free] = set(range(len(first))) - {*contract, *batch}
     return contract[0] < free and prod(first) > prod(second)
+
+
+def _turned(eqn: JaxprEqn, a: jax.Array, b: jax.Array) -> jax.Array:
+    (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
+    params = {
+        **eqn.params,
+        "dimension_numbers": ((contract_b, contract_a), (batch_b, batch_a)),
+    }
+    if isinstance(precision := params["precision"], tuple):
+        params["precision"] = precision[::-1]
+    # Without the barrier, XLA makes of product and transpose the product that was asked for.
+    y = lax.optimization_barrier(eqn.primitive.bind(b, a, **params))
+    return y.swapaxes(-1, -2)

@@ -34,7 +34,7 @@ def phases(conv: Convolution, inner: Callable[[Convolution], Form | None]) -> Fo
 
     def apply(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         # Each phase is one pixel short, or not; all are padded to the longest and cut in the end.
-        longest = tuple(-(-n // d) for n, d in zip(conv.out_pixels, conv.lhs_dilation, strict=True))
+        longest = [-(-n // d) for n, d in zip(conv.out_pixels, conv.lhs_dilation, strict=True)]
         out = []
         for part in parts:
             plan = plans[part]

@@ -12,7 +12,6 @@ from pockjax.rewrites._windows import (
     MOST_TAPS,
     Form,
     at_tap,
-    forwards,
     padded,
     placed,
     taps,
@@ -73,7 +72,7 @@ def columns(conv: Convolution) -> Form | None:
             [windowed(conv, x, at, conv.out_pixels, conv.strides) for _, at in taps(conv)], feature
         )
         out, into, *spatial = conv.rhs_spec
-        kernel = jnp.transpose(forwards(conv, rhs), [*spatial, into, out])
+        kernel = jnp.transpose(conv.forwards(rhs), [*spatial, into, out])
         kernel = kernel.reshape(-1, rhs.shape[out])
         if conv.rhs_spec[0] < conv.rhs_spec[1]:
             kernel = kernel.T
@@ -107,7 +106,7 @@ def gradient_dots(conv: Convolution) -> Form | None:
         return None
 
     def apply(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        x, rhs = padded(conv, lhs), forwards(conv, rhs)
+        x, rhs = padded(conv, lhs), conv.forwards(rhs)
         pieces = []
         for position in product(*map(range, conv.out_pixels)):
             at = tuple(p * s for p, s in zip(position, conv.strides, strict=True))

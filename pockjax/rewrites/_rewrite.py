@@ -10,13 +10,12 @@ import jax
 from pockjax._compat import (
     Jaxpr,
     JaxprEqn,
-    Literal,
     eval_jaxpr,
     is_sharded,
     subjaxprs,
     with_subjaxprs,
 )
-from pockjax.autodiff import Arrays, inlined, spliced
+from pockjax.autodiff import Arrays, Replacement, inlined, replaced
 from pockjax.rewrites._choice import Choice, choose
 from pockjax.rewrites._convolution import Convolution
 from pockjax.rewrites._operands import with_small_transposes
@@ -139,33 +138,29 @@ class Rewriter:
         if not any(eqn.effects for eqn in jaxpr.eqns):
             for step in _STEPS:
                 jaxpr = step(jaxpr)
-        eqns: list[JaxprEqn] = []
-        instead: dict[Any, Any] = {}  # of a convolution's result
         reverses: dict[Any, JaxprEqn] = {}  # by their results
 
-        def current(atom: Any) -> Any:
-            return atom if isinstance(atom, Literal) else instead.get(atom, atom)
-
-        for eqn in jaxpr.eqns:
-            eqn = eqn.replace(invars=[current(atom) for atom in eqn.invars])
+        def rule(eqn: JaxprEqn) -> JaxprEqn | Replacement:
             if eqn.primitive.name == "rev":
                 reverses[eqn.outvars[0]] = eqn
+            if eqn.primitive.name in _ENTERED and (inner := subjaxprs(eqn)):
+                return eqn.replace(
+                    params=with_subjaxprs(eqn, [self.rewritten(body) for body in inner])
+                )
             conv = None if is_sharded(eqn) else Convolution.of(eqn)
-            given = eqn.invars
-            if conv is not None and (rev := reverses.get(given[1])) is not None:
+            if conv is None:
+                return eqn
+            x, kernel = eqn.invars
+            if (rev := reverses.get(kernel)) is not None:
                 if sorted(rev.params["dimensions"]) == sorted(conv.rhs_spatial):
-                    conv, given = replace(conv, backwards=True), [given[0], rev.invars[0]]
-            form = None if conv is None else self._form(conv)
-            if form is not None:
-                settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-                made = _traced(form, tuple(v.aval for v in given), settings)
-                [instead[eqn.outvars[0]]] = spliced(made, given, eqns)
-            elif eqn.primitive.name in _ENTERED and (inner := subjaxprs(eqn)):
-                params = with_subjaxprs(eqn, [self.rewritten(body) for body in inner])
-                eqns.append(eqn.replace(params=params))
-            else:
-                eqns.append(eqn)
-        return jaxpr.replace(eqns=eqns, outvars=[current(atom) for atom in jaxpr.outvars])
+                    conv, [kernel] = replace(conv, backwards=True), rev.invars
+            form = self._form(conv)
+            if form is None:
+                return eqn
+            settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+            return _traced(form, (x.aval, kernel.aval), settings), (x, kernel)
+
+        return replaced(jaxpr, rule)
 
     def _form(self, conv: Convolution) -> Form | None:
         """What to compute instead of a convolution; None to leave it."""

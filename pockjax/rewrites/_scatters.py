@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, is_sharded, shape_of
-from pockjax.autodiff import renamed, spliced
+from pockjax.autodiff import computed, replaced
 
 _MODES = (lax.GatherScatterMode.FILL_OR_DROP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
@@ -21,22 +21,16 @@ def without_row_scatters(jaxpr: Jaxpr) -> Jaxpr:
     Args:
         jaxpr: with its jits inlined. What is inside of other operations is left alone.
     """
-    eqns: list[JaxprEqn] = []
-    instead: dict[Any, Any] = {}
     zeros: set[Any] = set()
-    for eqn in jaxpr.eqns:
-        eqn = eqn.replace(invars=renamed(eqn.invars, instead))
+
+    def rule(eqn: JaxprEqn) -> Any:
         if _makes_zeros(eqn):
             zeros.update(eqn.outvars)
-        if eqn.primitive.name == "scatter-add" and eqn.invars[0] in zeros and _is_by_row(eqn):
-            _, index, updates = eqn.invars
-            made = jax.make_jaxpr(lambda i, u, eqn=eqn: _selected(eqn, i, u))(
-                index.aval, updates.aval
-            )
-            [instead[eqn.outvars[0]]] = spliced(made, [index, updates], eqns)
-        else:
-            eqns.append(eqn)
-    return jaxpr.replace(eqns=eqns, outvars=renamed(jaxpr.outvars, instead))
+        if eqn.primitive.name != "scatter-add" or not (eqn.invars[0] in zeros and _is_by_row(eqn)):
+            return eqn
+        return computed(lambda index, updates: _selected(eqn, index, updates), *eqn.invars[1:])
+
+    return replaced(jaxpr, rule)
 
 
 def _makes_zeros(eqn: JaxprEqn) -> bool:

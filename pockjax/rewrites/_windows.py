@@ -55,11 +55,6 @@ def at_tap(conv: Convolution, rhs: jax.Array, tap: tuple[int, ...]) -> jax.Array
     return lax.slice(rhs, start, limit)
 
 
-def forwards(conv: Convolution, rhs: jax.Array) -> jax.Array:
-    """The kernel as the window reads it."""
-    return lax.rev(rhs, conv.rhs_spatial) if conv.backwards else rhs
-
-
 def to_out(conv: Convolution, x: jax.Array) -> jax.Array:
     """From the input's order of axes to the result's."""
     order = dict(zip(conv.out_spec, conv.lhs_spec, strict=True))
