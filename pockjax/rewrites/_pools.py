@@ -53,8 +53,7 @@ def _pooled_back(eqn: JaxprEqn, ct: jax.Array, x: jax.Array) -> jax.Array:
     count = [ceil(n / s) for n, s in zip(sizes, strides, strict=True)]
     before = [(w - 1) // s for w, s in zip(window, strides, strict=True)]
     grow = [(b, max(0, n - m), 0) for b, n, m in zip(before, count, ct.shape, strict=True)]
-    chosen = lax.pad(chosen, jnp.array(-1, chosen.dtype), grow)
-    ct = lax.pad(ct, jnp.zeros((), ct.dtype), grow)
+    chosen, ct = (lax.pad(a, jnp.zeros((), a.dtype), grow) for a in (chosen, ct))
     parts = []
     for part in product(*map(range, strides)):
         total = jnp.zeros(count, ct.dtype)
