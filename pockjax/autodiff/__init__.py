@@ -1,6 +1,7 @@
 """The sparse transforms: expose, differentiate, fold."""
 
 from pockjax.autodiff._cheap import ELEMENTWISE as ELEMENTWISE
+from pockjax.autodiff._cheap import is_elementwise as is_elementwise
 from pockjax.autodiff._exposed import Fallback as Fallback
 from pockjax.autodiff._indices import IndexedMask as IndexedMask
 from pockjax.autodiff._jaxprs import CALLS as CALLS

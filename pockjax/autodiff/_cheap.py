@@ -22,6 +22,13 @@ _CHEAP = (ELEMENTWISE - {"digamma", "lgamma"}) | frozenset(
 )
 
 
+def is_elementwise(eqn: JaxprEqn) -> bool:
+    """Whether each element of the result depends on the same elements of the operands alone."""
+    if eqn.primitive.name in ("custom_jvp_call", "jit"):
+        return all(is_elementwise(inner) for jaxpr in subjaxprs(eqn) for inner in jaxpr.eqns)
+    return eqn.primitive.name in ELEMENTWISE
+
+
 def is_cheap(eqn: JaxprEqn) -> bool:
     """Whether computing an equation again costs no more than reading its operands."""
     if eqn.effects:

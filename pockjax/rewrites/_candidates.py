@@ -15,6 +15,9 @@ from pockjax.rewrites._winograd import winograd
 ORIGINAL = "convolution"
 """The name of the form that was asked for."""
 
+LOOPS = ("multiply-adds", "phases of multiply-adds")
+"""Forms that are elementwise loops, which XLA makes part of whatever reads their results."""
+
 
 @lru_cache(maxsize=4096)
 def candidates(conv: Convolution) -> Mapping[str, Form]:

@@ -1,27 +1,32 @@
 """Jaxpr to jaxpr: convolutions in their fastest form, products as XLA's libraries like them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from typing import Any
 
 import jax
+from jax import lax
 
 from pockjax._compat import (
     Jaxpr,
     JaxprEqn,
+    Var,
+    bind,
     eval_jaxpr,
     is_sharded,
     subjaxprs,
     with_subjaxprs,
 )
-from pockjax.autodiff import Arrays, Replacement, inlined, replaced
+from pockjax.autodiff import Arrays, Replacement, computed, inlined, replaced
+from pockjax.rewrites._candidates import LOOPS
 from pockjax.rewrites._choice import Choice, choose
 from pockjax.rewrites._convolution import Convolution
 from pockjax.rewrites._operands import with_small_transposes
 from pockjax.rewrites._pools import without_selecting_scatters
 from pockjax.rewrites._scales import with_small_scales
 from pockjax.rewrites._scatters import without_row_scatters
+from pockjax.rewrites._shared import shared
 from pockjax.rewrites._unit_axes import without_unit_axes
 from pockjax.rewrites._windows import Form
 
@@ -138,35 +143,76 @@ class Rewriter:
         if not any(eqn.effects for eqn in jaxpr.eqns):
             for step in _STEPS:
                 jaxpr = step(jaxpr)
+        forms = self._forms(jaxpr)
+        ends = shared(jaxpr, [var for var, found in forms.items() if found.name in LOOPS])
         reverses: dict[Any, JaxprEqn] = {}  # by their results
 
         def rule(eqn: JaxprEqn) -> JaxprEqn | Replacement:
-            if eqn.primitive.name == "rev":
-                reverses[eqn.outvars[0]] = eqn
             if eqn.primitive.name in _ENTERED and (inner := subjaxprs(eqn)):
-                return eqn.replace(
-                    params=with_subjaxprs(eqn, [self.rewritten(body) for body in inner])
-                )
-            conv = None if is_sharded(eqn) else Convolution.of(eqn)
-            if conv is None:
+                bodies = [self.rewritten(body) for body in inner]
+                eqn = eqn.replace(params=with_subjaxprs(eqn, bodies))
+            if len(eqn.outvars) != 1:
                 return eqn
-            x, kernel = eqn.invars
-            if (rev := reverses.get(kernel)) is not None:
-                if sorted(rev.params["dimensions"]) == sorted(conv.rhs_spatial):
-                    conv, [kernel] = replace(conv, backwards=True), rev.invars
-            form = self._form(conv)
-            if form is None:
-                return eqn
-            settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-            return _traced(form, (x.aval, kernel.aval), settings), (x, kernel)
+            [out] = eqn.outvars
+            if eqn.primitive.name == "rev":
+                reverses[out] = eqn
+            now = forms[out].instead_of(eqn, reverses) if out in forms else eqn
+            return _written(now) if out in ends else now
 
         return replaced(jaxpr, rule)
 
-    def _form(self, conv: Convolution) -> Form | None:
-        """What to compute instead of a convolution; None to leave it."""
-        choice, form = choose(conv, measure=self.measure, memory=self.memory)
-        self.choices.append(choice)
-        return None if choice.is_original else form
+    def _forms(self, jaxpr: Jaxpr) -> dict[Var, "_Chosen"]:
+        """What to compute instead of convolutions, by their results."""
+        reverses = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if eqn.primitive.name == "rev"}
+        found = {}
+        for eqn in jaxpr.eqns:
+            conv = None if is_sharded(eqn) else Convolution.of(eqn)
+            if conv is None:
+                continue
+            if (rev := reverses.get(eqn.invars[1])) is not None:
+                backwards = sorted(rev.params["dimensions"]) == sorted(conv.rhs_spatial)
+                conv = replace(conv, backwards=backwards)
+            choice, form = choose(conv, measure=self.measure, memory=self.memory)
+            self.choices.append(choice)
+            if not choice.is_original:
+                found[eqn.outvars[0]] = _Chosen(choice.form, conv.backwards, form)
+        return found
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A form to compute instead of a convolution.
+
+    Attributes:
+        name: of the form.
+        backwards: whether it reads the kernel before that is reversed.
+        form: a function of the input and the kernel.
+    """
+
+    name: str
+    backwards: bool
+    form: Form
+
+    def instead_of(self, eqn: JaxprEqn, reverses: Mapping[Var, JaxprEqn]) -> Replacement:
+        """The form, applied to the operands of a convolution."""
+        x, kernel = eqn.invars
+        if self.backwards:
+            [kernel] = reverses[kernel].invars
+        settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+        return _traced(self.form, (x.aval, kernel.aval), settings), (x, kernel)
+
+
+def _written(now: JaxprEqn | Replacement) -> Replacement:
+    """The same, with a result that is written to memory and read from there."""
+
+    def fun(*args: jax.Array) -> jax.Array:
+        if isinstance(now, JaxprEqn):
+            [out] = bind(now, args, differentiated=False)
+        else:
+            [out] = eval_jaxpr(now[0], (), *args)
+        return lax.optimization_barrier(out)
+
+    return computed(fun, *(now.invars if isinstance(now, JaxprEqn) else now[1]))
 
 
 @lru_cache(maxsize=4096)
