@@ -96,7 +96,7 @@ class SearchScheme:
     out: Path | None = None
 
     def run(self) -> None:
-        """Search, and print where the results are."""
+        """Search, show what was found, and print where it is written."""
         from pockjax._search_command import SearchConfig, run
 
         config = SearchConfig.load(self.config)

@@ -11,6 +11,7 @@ import jax
 import optax
 import yaml
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import Progress
 
 from pockjax._extras import require
@@ -121,7 +122,7 @@ def _check_keys(content: Mapping[str, Any], made_of: Any, what: str) -> None:
 
 
 def run(config: SearchConfig, console: Console) -> list[Path]:
-    """Measure, search, and write what was found.
+    """Measure, search, show and write what was found.
 
     Returns:
         The files: scheme.yaml, sensitivity.json, sensitivity.png, report.md, and unless ``points``
@@ -159,19 +160,25 @@ def run(config: SearchConfig, console: Console) -> list[Path]:
         )  # fmt: skip
         quantity = next(iter(config.budget))
         curve = search.pareto(quantity, config.points) if config.points else []
-    return _write(config, sens, found, quantity, curve)
+    report = _report(config, found)
+    console.print(Markdown(report))
+    return _write(config, sens, found, report, quantity, curve)
 
 
 def _write(
-    config: SearchConfig, sens: Sensitivity, found: Found, quantity: str, curve: list[Point]
+    config: SearchConfig,
+    sens: Sensitivity,
+    found: Found,
+    report: str,
+    quantity: str,
+    curve: list[Point],
 ) -> list[Path]:
     paths = [config.out / name for name in ("scheme.yaml", "sensitivity.json", "sensitivity.png")]
     found.scheme.save(paths[0])
     sens.plot(paths[2])
-    report = config.out / "report.md"
-    with replacing(report) as temporary:
-        temporary.write_text(_report(config, found) + "\n")
-    paths.append(report)
+    paths.append(config.out / "report.md")
+    with replacing(paths[-1]) as temporary:
+        temporary.write_text(report + "\n")
     if curve:
         points, plot = config.out / "pareto.json", config.out / "pareto.png"
         with replacing(points) as temporary:

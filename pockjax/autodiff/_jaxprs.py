@@ -110,7 +110,7 @@ def replaced(jaxpr: Jaxpr, rule: Callable[[JaxprEqn], JaxprEqn | Replacement]) -
         jaxpr: any jaxpr.
         rule: called with each equation in order, its operands those that now stand for the former
             ones. It returns an equation with the same results, or, instead of one with one result,
-            a function and what that is applied to; see `computed`.
+            a function and what that is applied to, by old names or new; see `computed`.
     """
     eqns: list[JaxprEqn] = []
     instead: dict[Var, Atom] = {}
@@ -119,7 +119,8 @@ def replaced(jaxpr: Jaxpr, rule: Callable[[JaxprEqn], JaxprEqn | Replacement]) -
         if isinstance(now, JaxprEqn):
             eqns.append(now)
         else:
-            [instead[eqn.outvars[0]]] = spliced(*now, eqns)
+            fun, operands = now
+            [instead[eqn.outvars[0]]] = spliced(fun, renamed(operands, instead), eqns)
     return jaxpr.replace(eqns=eqns, outvars=renamed(jaxpr.outvars, instead))
 
 

@@ -20,6 +20,7 @@ from pockjax._compat import (
 )
 from pockjax.autodiff import Arrays, Replacement, computed, inlined, replaced
 from pockjax.rewrites._candidates import LOOPS
+from pockjax.rewrites._chains import with_short_chains
 from pockjax.rewrites._choice import Choice, choose
 from pockjax.rewrites._convolution import Convolution
 from pockjax.rewrites._operands import with_small_transposes
@@ -50,6 +51,7 @@ _STEPS: tuple[Callable[[Jaxpr], Jaxpr], ...] = (
     inlined,
     without_row_scatters,
     without_selecting_scatters,
+    with_short_chains,
     without_unit_axes,
     with_small_scales,
     with_small_transposes,
@@ -163,7 +165,9 @@ class Rewriter:
 
     def _forms(self, jaxpr: Jaxpr) -> dict[Var, "_Chosen"]:
         """What to compute instead of convolutions, by their results."""
-        reverses = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if eqn.primitive.name == "rev"}
+        reverses: dict[Any, JaxprEqn] = {
+            eqn.outvars[0]: eqn for eqn in jaxpr.eqns if eqn.primitive.name == "rev"
+        }
         found = {}
         for eqn in jaxpr.eqns:
             conv = None if is_sharded(eqn) else Convolution.of(eqn)
@@ -193,7 +197,7 @@ class _Chosen:
     backwards: bool
     form: Form
 
-    def instead_of(self, eqn: JaxprEqn, reverses: Mapping[Var, JaxprEqn]) -> Replacement:
+    def instead_of(self, eqn: JaxprEqn, reverses: Mapping[Any, JaxprEqn]) -> Replacement:
         """The form, applied to the operands of a convolution."""
         x, kernel = eqn.invars
         if self.backwards:
