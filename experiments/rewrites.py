@@ -80,31 +80,58 @@ def operations() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
         pulled_back(pool),
         (array(8, 32, 32, 64), array(8, 64, 64, 64)),
     )
-    for pixels, channels, stride in [
-        (32, 64, 1), (16, 128, 1), (8, 256, 1), (4, 512, 1), (16, 256, 2), (8, 512, 2),
+    # ResNet-50's convolutions, then MobileNetV2's: pixels, channels in and out, window, stride.
+    for pixels, inner, outer, side, stride in [
+        (32, 64, 64, 3, 1), (16, 128, 128, 3, 1), (8, 256, 256, 3, 1), (4, 512, 512, 3, 1),
+        (16, 256, 256, 3, 2), (8, 512, 512, 3, 2), (32, 24, 144, 1, 1), (8, 576, 96, 1, 1),
     ]:  # fmt: skip
-        x, kernel = array(8, pixels, pixels, channels), array(3, 3, channels, channels)
+        x, kernel = array(8, pixels, pixels, inner), array(side, side, inner, outer)
+        yield from convolution(x, kernel, stride, array)
+    for pixels, channels, stride in [(64, 96, 2), (32, 144, 1), (8, 576, 1)]:
+        x, kernel = array(8, pixels, pixels, channels), array(3, 3, 1, channels)
+        yield from convolution(x, kernel, stride, array)
 
-        def convolved(x: jax.Array, kernel: jax.Array, stride: int = stride) -> jax.Array:
-            dimensions = ("NHWC", "HWIO", "NHWC")
-            edge = ((1, 1), (1, 1))
-            return lax.conv_general_dilated(
-                x, kernel, (stride, stride), edge, dimension_numbers=dimensions
-            )
+    def normed(x: jax.Array, kernel: jax.Array, *norm: jax.Array) -> jax.Array:
+        mean, deviation, scale, bias = norm
+        return jax.nn.relu6((x @ kernel - mean) / deviation * scale + bias)
 
-        def of_input(ct: jax.Array, x: jax.Array, kernel: jax.Array, fun: Any = convolved) -> Any:
-            return jax.vjp(lambda x: fun(x, kernel), x)[1](ct)[0]
+    norm = (array(144), 1 + array(144) ** 2, array(144), array(144))
+    yield (
+        "product, frozen batch norm and relu6, 32 x 32 x 144",
+        normed,
+        (array(8, 32, 32, 24), array(24, 144), *norm),
+    )
 
-        what = f"3x3 convolution, {pixels} x {pixels} x {channels}" + f", stride {stride}" * (
-            stride > 1
-        )
-        out = pixels // stride
-        yield what, convolved, (x, kernel)
-        yield (
-            f"gradient of the input of a {what}",
-            of_input,
-            (array(8, out, out, channels), x, kernel),
-        )
+
+def convolution(
+    x: jax.Array, kernel: jax.Array, stride: int, array: Callable[..., jax.Array]
+) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """A convolution and its two gradients."""
+    side, _, inner, outer = kernel.shape
+    groups = x.shape[-1] // inner
+
+    def fun(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        edge = (side // 2, side // 2)
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), (edge, edge), feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    what = f"{side}x{side} convolution, {x.shape[1]} x {x.shape[2]} x {x.shape[3]}"
+    what = f"depthwise {what}" if groups > 1 else f"{what} to {outer}"
+    what += f", stride {stride}" * (stride > 1)
+    ct = array(*jax.eval_shape(fun, x, kernel).shape)
+    yield what, fun, (x, kernel)
+    yield (
+        f"gradient of the input, {what}",
+        lambda ct, x, kernel: jax.vjp(lambda x: fun(x, kernel), x)[1](ct)[0],
+        (ct, x, kernel),
+    )
+    yield (
+        f"gradient of the kernel, {what}",
+        lambda ct, x, kernel: jax.vjp(lambda kernel: fun(x, kernel), kernel)[1](ct)[0],
+        (ct, x, kernel),
+    )
 
 
 def compare(fun: Callable[..., Any], args: tuple[Any, ...], rounds: int) -> list[str]:
