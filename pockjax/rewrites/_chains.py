@@ -24,7 +24,8 @@ def with_short_chains(jaxpr: Jaxpr) -> Jaxpr:
     That is how a batch norm with frozen statistics is folded, and its gradient's two scales. What
     is computed for the channels is written to memory: XLA would make it part of the loop over all
     elements again. A shift is moved behind a scale only where x is a product, as it is before a
-    batch norm: other numbers may be large and far from zero, and lose their digits.
+    batch norm: other numbers may be large and far from zero, and lose their digits. Where a scale is
+    infinite, such a shift makes NaN of infinity.
 
     Args:
         jaxpr: with its jits inlined. What is inside of other operations is left alone.
