@@ -122,7 +122,7 @@ def _check_keys(content: Mapping[str, Any], made_of: Any, what: str) -> None:
 
 
 def run(config: SearchConfig, console: Console) -> list[Path]:
-    """Measure, search, show and write what was found.
+    """Measure, search, write and show what was found.
 
     Returns:
         The files: scheme.yaml, sensitivity.json, sensitivity.png, report.md, and unless ``points``
@@ -161,8 +161,9 @@ def run(config: SearchConfig, console: Console) -> list[Path]:
         quantity = next(iter(config.budget))
         curve = search.pareto(quantity, config.points) if config.points else []
     report = _report(config, found)
+    paths = _write(config, sens, found, report, quantity, curve)
     console.print(Markdown(report))
-    return _write(config, sens, found, report, quantity, curve)
+    return paths
 
 
 def _write(
@@ -208,7 +209,7 @@ def _report(config: SearchConfig, found: Found) -> str:
     lines += [
         "", f"Sensitivity {found.objective:.6g}, {len(found.units)} units; the backward pass "
         f"computes {again} again. Steps compiled: {notes['steps_compiled']}.", "",
-        *(f"- {unit.name}" for unit in found.units), "", found.step.report.to_markdown(),
+        *(f"- `{unit.name}`" for unit in found.units), "", found.step.report.to_markdown(),
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -25,7 +25,9 @@ _CHEAP = (ELEMENTWISE - {"digamma", "lgamma"}) | frozenset(
 def is_elementwise(eqn: JaxprEqn) -> bool:
     """Whether each element of the result depends on the same elements of the operands alone."""
     if eqn.primitive.name in ("custom_jvp_call", "jit"):
-        return all(is_elementwise(inner) for jaxpr in subjaxprs(eqn) for inner in jaxpr.eqns)
+        bodies = subjaxprs(eqn)
+        known = any(body.consts for body in bodies)  # arrays of whatever shape
+        return not known and all(is_elementwise(inner) for body in bodies for inner in body.eqns)
     return eqn.primitive.name in ELEMENTWISE
 
 

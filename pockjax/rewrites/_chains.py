@@ -1,5 +1,6 @@
 """Scales and shifts of each channel, as one of each."""
 
+import operator
 from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
@@ -8,8 +9,9 @@ from typing import Any
 import jax
 from jax import lax
 
-from pockjax._compat import Jaxpr, JaxprEqn, Var, dtype_of, is_sharded, shape_of
+from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dtype_of, is_sharded, shape_of
 from pockjax.autodiff import Replacement, computed, replaced, tidied
+from pockjax.rewrites._scales import FAR
 
 _DTYPES = ("float32", "float64")  # to which a few more roundings do not matter
 _SCALES = ("mul", "div")
@@ -23,9 +25,10 @@ def with_short_chains(jaxpr: Jaxpr) -> Jaxpr:
 
     That is how a batch norm with frozen statistics is folded, and its gradient's two scales. What
     is computed for the channels is written to memory: XLA would make it part of the loop over all
-    elements again. A shift is moved behind a scale only where x is a product, as it is before a
-    batch norm: other numbers may be large and far from zero, and lose their digits. Where a scale is
-    infinite, such a shift makes NaN of infinity.
+    elements again. A shift is joined with what follows only where x is a product, and the shift is
+    not made of one as the statistics of a batch are: other numbers may be large and far from zero,
+    and lose their digits. Scales meet each other before they meet x: where their product is infinite
+    or vanishes, so does the result.
 
     Args:
         jaxpr: with its jits inlined. What is inside of other operations is left alone.
@@ -78,7 +81,7 @@ class _Chain:
 
     def takes(self, step: _Step) -> bool:
         """Whether a step can be one with those before."""
-        if step.is_scale and not self.is_product and not all(s.is_scale for s in self.steps):
+        if not self.is_product and not all(s.is_scale for s in self.steps):
             return False
         vectors = [s for s in (*self.steps, step) if not s.is_one_number]
         return len({s.shape for s in vectors}) <= 1
@@ -95,9 +98,9 @@ class _Chain:
         for step, small in zip(self.steps, smalls, strict=True):
             c = lax.broadcast_in_dim(small, step.shape, step.axes)
             if step.is_scale:
-                c = 1 / c if step.name == "div" else c
-                known = {name: value * c for name, value in known.items()}
-                known.setdefault("scale", c)
+                scaled = operator.truediv if step.name == "div" else operator.mul
+                known = {name: scaled(value, c) for name, value in known.items()}
+                known.setdefault("scale", scaled(1, c))
             else:
                 c = -c if step.name == "sub" else c
                 known["shift"] = known["shift"] + c if "shift" in known else c
@@ -111,18 +114,26 @@ def _chains(jaxpr: Jaxpr) -> dict[Var, _Chain]:
     made: dict[Any, JaxprEqn] = {}
     uses = Counter(a for a in jaxpr.outvars if isinstance(a, Var))
     uses.update(a for eqn in jaxpr.eqns for a in eqn.invars if isinstance(a, Var))
+    computed_from_products: set[Any] = set()
     found: dict[Var, _Chain] = {}
     for eqn in jaxpr.eqns:
         made.update((var, eqn) for var in eqn.outvars)
+        read = {a for a in eqn.invars if isinstance(a, Var)}
+        if eqn.primitive.name in _PRODUCTS or not read.isdisjoint(computed_from_products):
+            computed_from_products.update(eqn.outvars)
         if (pair := _step(eqn, made)) is None:
             continue
         x, step = pair
         before = found.get(x)
-        if before is None or uses[x] > 1 or not before.takes(step):
-            is_product = x in made and made[x].primitive.name in _PRODUCTS
-            before = _Chain(x, is_product)
-        else:
+        if before is not None and uses[x] == 1 and before.takes(step):
             del found[x]
+        elif step.is_one_number:
+            continue  # which may be moved elsewhere, see `with_small_scales`
+        else:
+            before = _Chain(x, x in made and made[x].primitive.name in _PRODUCTS)
+        known = isinstance(step.small, Literal) or step.small not in computed_from_products
+        if not step.is_scale and not known:
+            before = replace(before, is_product=False)
         found[eqn.outvars[0]] = replace(before, steps=(*before.steps, step))
     return {out: chain for out, chain in found.items() if chain.is_long}
 
@@ -139,7 +150,8 @@ def _step(eqn: JaxprEqn, made: dict[Any, JaxprEqn]) -> tuple[Any, _Step] | None:
     for x, c in pairs:
         small, axes, shape = _unbroadcast(c, made, len(shape_of(out)))
         whole = isinstance(x, Var) and shape_of(x) == shape_of(out)
-        if whole and prod(shape) * _FEWER <= prod(shape_of(out)):
+        near = not isinstance(small, Literal) or 1 / FAR <= abs(small.val) <= FAR
+        if whole and near and prod(shape) * _FEWER <= prod(shape_of(out)):
             return x, _Step(name, small, axes, shape)
     return None
 

@@ -1,4 +1,4 @@
-"""Products of batches of matrices with the smaller operand first."""
+"""Products as XLA's libraries take them: operands in the right order, and of two axes."""
 
 from math import prod
 from typing import Any
@@ -54,3 +54,43 @@ def _turned(eqn: JaxprEqn, a: jax.Array, b: jax.Array) -> jax.Array:
     # Without the barrier, XLA makes of product and transpose the product that was asked for.
     y = lax.optimization_barrier(eqn.primitive.bind(b, a, **params))
     return y.swapaxes(-1, -2)
+
+
+def with_flat_products(jaxpr: Jaxpr) -> Jaxpr:
+    """Sums over several leading axes of two arrays as products of two matrices.
+
+    That is the gradient of a dense layer's weights, a sum over examples and positions. XLA brings
+    the axes to an order of its own, for which it copies the larger operand transposed, and then
+    reads both against their order: up to 1.7 times slower, beside the memory of the copy. Matrices
+    it leaves as they are.
+
+    Args:
+        jaxpr: what is inside of other operations is left alone.
+    """
+
+    def rule(eqn: JaxprEqn) -> Any:
+        if not _sums_over_leading_axes(eqn):
+            return eqn
+        return computed(lambda a, b: _flat(eqn, a, b), *eqn.invars)
+
+    return replaced(jaxpr, rule)
+
+
+def _sums_over_leading_axes(eqn: JaxprEqn) -> bool:
+    """Whether a product sums over the same leading axes of two arrays, one no matrix."""
+    if eqn.primitive.name != "dot_general" or is_sharded(eqn):
+        return False
+    (first, second), (batch, _) = eqn.params["dimension_numbers"]
+    if batch or first != second or sorted(first) != list(range(len(first))):
+        return False
+    shapes = [shape_of(a) for a in eqn.invars]
+    alone = len(first) and all(len(shape) > len(first) for shape in shapes)
+    return bool(alone) and any(len(shape) > 2 for shape in shapes)
+
+
+def _flat(eqn: JaxprEqn, a: jax.Array, b: jax.Array) -> jax.Array:
+    n = len(eqn.params["dimension_numbers"][0][0])
+    rows = prod(a.shape[:n])
+    params = {**eqn.params, "dimension_numbers": (((0,), (0,)), ((), ()))}
+    flat = [x.reshape(rows, prod(x.shape[n:])) for x in (a, b)]
+    return eqn.primitive.bind(*flat, **params).reshape(*a.shape[n:], *b.shape[n:])

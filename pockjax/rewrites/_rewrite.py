@@ -13,6 +13,7 @@ from pockjax._compat import (
     JaxprEqn,
     Var,
     bind,
+    eqn_context,
     eval_jaxpr,
     is_sharded,
     subjaxprs,
@@ -23,7 +24,7 @@ from pockjax.rewrites._candidates import LOOPS
 from pockjax.rewrites._chains import with_short_chains
 from pockjax.rewrites._choice import Choice, choose
 from pockjax.rewrites._convolution import Convolution
-from pockjax.rewrites._operands import with_small_transposes
+from pockjax.rewrites._operands import with_flat_products, with_small_transposes
 from pockjax.rewrites._pools import without_selecting_scatters
 from pockjax.rewrites._scales import with_small_scales
 from pockjax.rewrites._scatters import without_row_scatters
@@ -142,9 +143,9 @@ class Rewriter:
     def rewritten(self, jaxpr: Jaxpr) -> Jaxpr:
         """The same function, its convolutions in the form chosen for each."""
         # Effects name the variables of mutable arrays; such functions stay as they are.
-        if not any(eqn.effects for eqn in jaxpr.eqns):
-            for step in _STEPS:
-                jaxpr = step(jaxpr)
+        has_effects = any(eqn.effects for eqn in jaxpr.eqns)
+        for step in () if has_effects else _STEPS:
+            jaxpr = step(jaxpr)
         forms = self._forms(jaxpr)
         ends = shared(jaxpr, [var for var, found in forms.items() if found.name in LOOPS])
         reverses: dict[Any, JaxprEqn] = {}  # by their results
@@ -161,7 +162,8 @@ class Rewriter:
             now = forms[out].instead_of(eqn, reverses) if out in forms else eqn
             return _written(now) if out in ends else now
 
-        return replaced(jaxpr, rule)
+        jaxpr = replaced(jaxpr, rule)
+        return jaxpr if has_effects else with_flat_products(jaxpr)
 
     def _forms(self, jaxpr: Jaxpr) -> dict[Var, "_Chosen"]:
         """What to compute instead of convolutions, by their results."""
@@ -211,7 +213,8 @@ def _written(now: JaxprEqn | Replacement) -> Replacement:
 
     def fun(*args: jax.Array) -> jax.Array:
         if isinstance(now, JaxprEqn):
-            [out] = bind(now, args, differentiated=False)
+            with eqn_context(now):
+                [out] = bind(now, args, differentiated=False)
         else:
             [out] = eval_jaxpr(now[0], (), *args)
         return lax.optimization_barrier(out)

@@ -8,7 +8,7 @@ from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dtype_of, is_sharded,
 
 _SCALES = ("mul", "div")
 _DTYPES = ("float32", "float64")  # to which one more rounding does not matter
-_FAR = 1e4  # from one; such a scale may be there to keep a product within range
+FAR = 1e4  # from one; such a scale may be there to keep a product within range
 
 
 def with_small_scales(jaxpr: Jaxpr) -> Jaxpr:
@@ -108,7 +108,7 @@ def _scaled(eqn: JaxprEqn) -> Any:
         x, number = number, x
     if not isinstance(number, Literal) or isinstance(x, Literal):
         return None
-    near = 1 / _FAR <= abs(number.val) <= _FAR
+    near = 1 / FAR <= abs(number.val) <= FAR
     return x if near and str(dtype_of(x)) in _DTYPES else None
 
 

@@ -34,8 +34,10 @@ def _end(start: Var, eqns: Sequence[JaxprEqn], readers: dict[Var, int]) -> Var:
         read = _operands(eqn) & waiting.keys()
         if not read:
             continue
-        [out, *others] = eqn.outvars
-        if others or not is_elementwise(eqn) or shape_of(out) != shape_of(start):
+        if len(eqn.outvars) != 1 or not is_elementwise(eqn):
+            break
+        [out] = eqn.outvars
+        if shape_of(out) != shape_of(start):
             break
         for var in read:
             waiting[var] -= 1
@@ -43,6 +45,8 @@ def _end(start: Var, eqns: Sequence[JaxprEqn], readers: dict[Var, int]) -> Var:
         waiting = {var: number for var, number in waiting.items() if number}
         if len(waiting) == 1:
             [end] = waiting
+        elif not waiting:
+            break
     return end
 
 

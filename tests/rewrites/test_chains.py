@@ -45,6 +45,9 @@ def steps(jaxpr):
         (lambda x, w: norm(x @ w, ROW, ROW, C, C), 4, 4),  # a layer norm's
         (lambda x, w: norm(x @ w, ROW, ROW, ROW, C), 4, 3),
         (lambda x, w: norm(x @ w, x @ w, C, C, C), 4, 3),
+        (lambda x, w: norm(y := x @ w, y.mean(0), C, C, C), 4, 3),  # of this batch
+        (lambda x, w: (x @ w) * 2.0 * C * C, 3, 2),
+        (lambda x, w: (x @ w) * C * 1e30 * C, 3, 3),
         (lambda x, w: ((y := (x @ w) * C), y * C), 2, 2),  # both are results
         (lambda x, w: C / ((x @ w) * C), 2, 2),
         (lambda x, w: norm((x @ w).astype(jnp.bfloat16), *[C.astype(jnp.bfloat16)] * 4), 4, 4),
@@ -108,3 +111,18 @@ def test_several_chains_after_another():
 
     found, expected = pj.rewrite(fun, "cpu", measure=False)(X, W), fun(X, W)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_shifts_of_what_is_far_from_zero_keep_their_digits():
+    x, far, small = jnp.full((64, 4), 2.0**24), jnp.full(4, 2.0**24), jnp.full(4, 0.5)
+    shifted = pj.rewrite(lambda x, m, b: (x - m) + b, "cpu", measure=False)
+    np.testing.assert_array_equal(shifted(x, far, small), 0.5)
+
+    def log_softmax(x):
+        most = x.max(-1, keepdims=True)
+        return (x - most) - jnp.log(jnp.exp(x - most).sum(-1, keepdims=True))
+
+    x = jnp.full((8, 32), 1e8)
+    np.testing.assert_allclose(
+        pj.rewrite(log_softmax, "cpu", measure=False)(x), log_softmax(x), rtol=1e-6
+    )

@@ -38,6 +38,11 @@ def end_of(fun):
         (lambda y: ((z := jax.nn.relu6(y)).sum(0), z.sum(1)), ["custom_jvp_call"]),
         (lambda y: (lax.sort(y)[0], 1.0), []),
         (lambda y: 1.0, []),  # nobody reads it
+        (lambda y: (jax.debug.callback(lambda _: None, y), y.sum())[1], ["conv_general_dilated"]),
+        (
+            lambda y: (jax.debug.callback(lambda _: None, jnp.exp(y)), y.sum())[1],
+            ["conv_general_dilated"],
+        ),
     ],
 )
 def test_ends_with_what_all_readers_have_in_common(fun, names):
