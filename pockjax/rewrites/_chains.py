@@ -27,8 +27,8 @@ def with_short_chains(jaxpr: Jaxpr) -> Jaxpr:
     is computed for the channels is written to memory: XLA would make it part of the loop over all
     elements again. A shift is joined with what follows only where x is a product, and the shift is
     not made of one as the statistics of a batch are: other numbers may be large and far from zero,
-    and lose their digits. Scales meet each other before they meet x: where their product is infinite
-    or vanishes, so does the result.
+    and lose their digits. Scales meet each other before they meet x: where their product leaves
+    the range of the dtype, so does the result.
 
     Args:
         jaxpr: with its jits inlined. What is inside of other operations is left alone.
