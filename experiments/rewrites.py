@@ -60,6 +60,16 @@ def operations() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     yield "attention, 16 x 128, 12 heads of 32", attention, (*heads,)
     yield "its gradient", pulled_back(attention), (array(16, 128, 12, 32), *heads)
 
+    def dense(weights: jax.Array, x: jax.Array) -> jax.Array:
+        return x @ weights
+
+    for inner, outer in [(384, 1536), (1536, 384)]:
+        yield (
+            f"gradient of dense weights, 16 x 128, {inner} to {outer}",
+            lambda ct, weights, x: jax.vjp(lambda w: dense(w, x), weights)[1](ct)[0],
+            (array(16, 128, outer), array(inner, outer), array(16, 128, inner)),
+        )
+
     # SmolLM2: 256 tokens of width 576, 49,152 words.
     hidden, table = array(1, 256, 576), array(49_152, 576)
     labels = jnp.arange(256)[None] * 100

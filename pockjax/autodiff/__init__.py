@@ -10,6 +10,7 @@ from pockjax.autodiff._jaxprs import computed as computed
 from pockjax.autodiff._jaxprs import consts_as_inputs as consts_as_inputs
 from pockjax.autodiff._jaxprs import inlined as inlined
 from pockjax.autodiff._jaxprs import replaced as replaced
+from pockjax.autodiff._jaxprs import replaced_where as replaced_where
 from pockjax.autodiff._jaxprs import size_in_bytes as size_in_bytes
 from pockjax.autodiff._jaxprs import spliced as spliced
 from pockjax.autodiff._jaxprs import tidied as tidied

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -127,6 +128,16 @@ def replaced(jaxpr: Jaxpr, rule: Callable[[JaxprEqn], JaxprEqn | Replacement]) -
 def computed(fun: Callable[..., Any], *operands: Atom) -> Replacement:
     """What a rule of `replaced` returns for ``fun(*operands)``."""
     return jax.make_jaxpr(fun)(*(a.aval for a in operands)), operands
+
+
+def replaced_where(
+    jaxpr: Jaxpr, condition: Callable[[JaxprEqn], bool], fun: Callable[..., Any]
+) -> Jaxpr:
+    """``jaxpr`` with ``fun(eqn, *operands)`` instead of each equation that meets a condition."""
+    return replaced(
+        jaxpr,
+        lambda eqn: computed(partial(fun, eqn), *eqn.invars) if condition(eqn) else eqn,
+    )
 
 
 def renamed(atoms: Sequence[Atom], names: dict[Var, Atom]) -> list[Atom]:

@@ -11,10 +11,8 @@ from jax import lax
 
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dtype_of, is_sharded, shape_of
 from pockjax.autodiff import Replacement, computed, replaced, tidied
-from pockjax.rewrites._scales import FAR
+from pockjax.rewrites._scales import DTYPES, SCALES, is_near
 
-_DTYPES = ("float32", "float64")  # to which a few more roundings do not matter
-_SCALES = ("mul", "div")
 _SHIFTS = ("add", "add_any", "sub")
 _PRODUCTS = ("conv_general_dilated", "dot_general")
 _FEWER = 16  # times the elements that what is computed for each channel has at most
@@ -64,7 +62,7 @@ class _Step:
 
     @property
     def is_scale(self) -> bool:
-        return self.name in _SCALES
+        return self.name in SCALES
 
     @property
     def is_one_number(self) -> bool:
@@ -141,16 +139,16 @@ def _chains(jaxpr: Jaxpr) -> dict[Var, _Chain]:
 def _step(eqn: JaxprEqn, made: dict[Any, JaxprEqn]) -> tuple[Any, _Step] | None:
     """What an equation scales or shifts, and how."""
     name = eqn.primitive.name
-    if name not in (*_SCALES, *_SHIFTS) or is_sharded(eqn):
+    if name not in (*SCALES, *_SHIFTS) or is_sharded(eqn):
         return None
     [out] = eqn.outvars
-    if len({str(dtype_of(v)) for v in (*eqn.invars, out)} | {*_DTYPES}) > len(_DTYPES):
+    if len({str(dtype_of(v)) for v in (*eqn.invars, out)} | {*DTYPES}) > len(DTYPES):
         return None
     pairs = [eqn.invars] if name in ("sub", "div") else [eqn.invars, eqn.invars[::-1]]
     for x, c in pairs:
         small, axes, shape = _unbroadcast(c, made, len(shape_of(out)))
         whole = isinstance(x, Var) and shape_of(x) == shape_of(out)
-        near = not isinstance(small, Literal) or 1 / FAR <= abs(small.val) <= FAR
+        near = not isinstance(small, Literal) or is_near(small)
         if whole and near and prod(shape) * _FEWER <= prod(shape_of(out)):
             return x, _Step(name, small, axes, shape)
     return None

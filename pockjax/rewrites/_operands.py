@@ -1,13 +1,12 @@
 """Products as XLA's libraries take them: operands in the right order, and of two axes."""
 
 from math import prod
-from typing import Any
 
 import jax
 from jax import lax
 
 from pockjax._compat import Jaxpr, JaxprEqn, is_sharded, shape_of
-from pockjax.autodiff import computed, replaced
+from pockjax.autodiff import replaced_where
 
 
 def with_small_transposes(jaxpr: Jaxpr) -> Jaxpr:
@@ -21,13 +20,7 @@ def with_small_transposes(jaxpr: Jaxpr) -> Jaxpr:
     Args:
         jaxpr: with its jits inlined. What is inside of other operations is left alone.
     """
-
-    def rule(eqn: JaxprEqn) -> Any:
-        if not _is_turned(eqn):
-            return eqn
-        return computed(lambda a, b: _turned(eqn, a, b), *eqn.invars)
-
-    return replaced(jaxpr, rule)
+    return replaced_where(jaxpr, _is_turned, _turned)
 
 
 def _is_turned(eqn: JaxprEqn) -> bool:
@@ -67,13 +60,7 @@ def with_flat_products(jaxpr: Jaxpr) -> Jaxpr:
     Args:
         jaxpr: what is inside of other operations is left alone.
     """
-
-    def rule(eqn: JaxprEqn) -> Any:
-        if not _sums_over_leading_axes(eqn):
-            return eqn
-        return computed(lambda a, b: _flat(eqn, a, b), *eqn.invars)
-
-    return replaced(jaxpr, rule)
+    return replaced_where(jaxpr, _sums_over_leading_axes, _flat)
 
 
 def _sums_over_leading_axes(eqn: JaxprEqn) -> bool:

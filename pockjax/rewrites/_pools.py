@@ -2,14 +2,13 @@
 
 from itertools import product
 from math import ceil, prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, dtype_of, is_sharded, shape_of
-from pockjax.autodiff import computed, replaced
+from pockjax.autodiff import replaced_where
 from pockjax.rewrites._windows import MOST_TAPS, interleaved
 
 
@@ -25,16 +24,12 @@ def without_selecting_scatters(jaxpr: Jaxpr) -> Jaxpr:
     Args:
         jaxpr: with its jits inlined. What is inside of other operations is left alone.
     """
-
-    def rule(eqn: JaxprEqn) -> Any:
-        if eqn.primitive.name != "select_and_scatter_add" or not _is_small(eqn):
-            return eqn
-        return computed(lambda ct, x: _pooled_back(eqn, ct, x), *eqn.invars)
-
-    return replaced(jaxpr, rule)
+    return replaced_where(jaxpr, _is_small_pool, _pooled_back)
 
 
-def _is_small(eqn: JaxprEqn) -> bool:
+def _is_small_pool(eqn: JaxprEqn) -> bool:
+    if eqn.primitive.name != "select_and_scatter_add":
+        return False
     known = eqn.params["select_prim"].name in ("ge", "le")
     real = all(jnp.issubdtype(dtype_of(a), jnp.floating) for a in eqn.invars)
     known &= not is_sharded(eqn) and not any(isinstance(a, Literal) for a in eqn.invars)

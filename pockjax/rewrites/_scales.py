@@ -6,9 +6,9 @@ from typing import Any
 
 from pockjax._compat import Jaxpr, JaxprEqn, Literal, Var, dtype_of, is_sharded, new_var, shape_of
 
-_SCALES = ("mul", "div")
-_DTYPES = ("float32", "float64")  # to which one more rounding does not matter
-FAR = 1e4  # from one; such a scale may be there to keep a product within range
+SCALES = ("mul", "div")
+DTYPES = ("float32", "float64")  # to which a few more roundings do not matter
+_FAR = 1e4  # from one; such a scale may be there to keep a product within range
 
 
 def with_small_scales(jaxpr: Jaxpr) -> Jaxpr:
@@ -101,15 +101,19 @@ def _is_product(eqn: JaxprEqn) -> bool:
 
 def _scaled(eqn: JaxprEqn) -> Any:
     """What an equation multiplies with one number, or divides by it; None if it does not."""
-    if eqn.primitive.name not in _SCALES or is_sharded(eqn):
+    if eqn.primitive.name not in SCALES or is_sharded(eqn):
         return None
     x, number = eqn.invars
     if eqn.primitive.name == "mul" and isinstance(x, Literal):
         x, number = number, x
     if not isinstance(number, Literal) or isinstance(x, Literal):
         return None
-    near = 1 / FAR <= abs(number.val) <= FAR
-    return x if near and str(dtype_of(x)) in _DTYPES else None
+    return x if is_near(number) and str(dtype_of(x)) in DTYPES else None
+
+
+def is_near(number: Literal) -> bool:
+    """Whether a scale is near enough to one to be moved."""
+    return bool(1 / _FAR <= abs(number.val) <= _FAR)
 
 
 def _smaller(product: JaxprEqn) -> int:
