@@ -54,7 +54,7 @@ def with_flat_products(jaxpr: Jaxpr) -> Jaxpr:
 
     That is the gradient of a dense layer's weights, a sum over examples and positions. XLA brings
     the axes to an order of its own, for which it copies the larger operand transposed, and then
-    reads both against their order: up to 1.7 times slower, beside the memory of the copy. Matrices
+    reads both against their order: 1.6 times slower (``python -m experiments.rewrites``). Matrices
     it leaves as they are.
 
     Args:
