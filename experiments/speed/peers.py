@@ -107,9 +107,11 @@ def surroundings(threads: int, memory: Memory) -> dict[str, str]:
 class Process:
     """A worker that answers in lines of JSON; it leaves with the block that it was started for."""
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], threads: int):
-        """Start it on the first `threads` processors."""
-        processors = sorted(os.sched_getaffinity(0))[:threads]
+    def __init__(
+        self, command: list[str], environment: Mapping[str, str], threads: int, first: int = 0
+    ):
+        """Start it on `threads` processors from the first on, or from another."""
+        processors = sorted(os.sched_getaffinity(0))[first : first + threads]
         # A file, not a pipe: a talkative worker must not wait for somebody to read.
         self._complaints: IO[str] = tempfile.TemporaryFile("w+", errors="replace")
         self._process = subprocess.Popen(
