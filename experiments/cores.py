@@ -7,12 +7,12 @@
 - on two that never sleep: another process of the lowest priority runs on each whenever nothing else
   does, so that a thread need not wait until its core has woken up;
 - in one process with the gradient of half of the batch on each core (`experiments.cores_worker`);
-- on each core a step of half of the batch, in processes that share nothing. No step on two
-  cores could do the same work sooner, unless its products ran faster for being larger.
+- on each core a step of half of the batch, in two processes that share nothing: about what could be
+  attained, though each does by itself what does not depend on the batch.
 """
 
 import os
-import signal
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 
@@ -31,7 +32,13 @@ from experiments.speed.peers import OURS, PEERS, Process, surroundings
 from experiments.speed.problem import write
 from pockjax._files import replacing
 
-_BUSY = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
+_BUSY = """
+import os
+parent = os.getppid()
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+print(flush=True)
+while os.getppid() == parent: pass
+"""
 WAYS = (
     "one core",
     "two cores",
@@ -53,7 +60,7 @@ class Config:
     """
 
     only: tuple[str, ...] = ("mobilenet_v2", "mcunet", "efficientnet_lite0", "resnet50")
-    rounds: int = 10
+    rounds: int = 8
     steps: int = 5
     out: Path = Path("experiments/results/cores.md")
 
@@ -61,6 +68,8 @@ class Config:
 def measure(name: str, config: Config) -> dict[str, list[float]]:
     """Seconds of each step, by the way that it is taken."""
     problem, _ = read_config(name)
+    if problem.batch % 2:
+        raise SystemExit(f"{name}: a batch of {problem.batch} has no halves")
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         whole, half = Path(scratch, "whole"), Path(scratch, "half")
         for folder, batch in ((whole, problem.batch), (half, problem.batch // 2)):
@@ -75,15 +84,15 @@ def measure(name: str, config: Config) -> dict[str, list[float]]:
             return process
 
         alone, both = start(usual, 1), start(usual, 2)
-        apart = start([*usual[:5], "experiments.cores_worker", "2", str(whole), "time"], 2)
         pair = [start(PEERS[OURS].command(OURS, half, "time"), 1, core) for core in range(2)]
+        apart = start([*usual[:5], "experiments.cores_worker", "2", str(whole), "time"], 2)
         pool = stack.enter_context(ThreadPoolExecutor(2))
 
         def steps(process: Process) -> list[float]:
             return process.ask(str(config.steps))["seconds"]
 
         def awake() -> list[float]:
-            with kept_awake():
+            with kept_awake(2):
                 return steps(both)
 
         def halves() -> list[float]:
@@ -105,18 +114,22 @@ def measure(name: str, config: Config) -> dict[str, list[float]]:
 
 
 @contextmanager
-def kept_awake() -> Iterator[None]:
-    """Processes of the lowest priority, one for each core that this may use."""
+def kept_awake(cores: int) -> Iterator[list[int]]:
+    """Processes of the lowest priority, one on each of the first cores; their numbers."""
     busy: list[subprocess.Popen[bytes]] = []
     try:
-        for core in os.sched_getaffinity(0):
-            busy.append(subprocess.Popen([sys.executable, "-c", _BUSY]))
+        for core in sorted(os.sched_getaffinity(0))[:cores]:
+            busy.append(subprocess.Popen([sys.executable, "-c", _BUSY], stdout=subprocess.PIPE))
             os.sched_setaffinity(busy[-1].pid, [core])
-        yield
+        for process in busy:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise RuntimeError("this system does not let a process wait for idle cores")
+        yield [process.pid for process in busy]
     finally:
         for process in busy:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.communicate()
 
 
 def row(name: str, found: dict[str, list[float]]) -> str:
@@ -134,8 +147,9 @@ def main(config: Config) -> None:
     """Measure, print and write."""
     head = [
         "Milliseconds of a step of each published scheme: median, 10th and 90th percentile, and",
-        f"over that on two cores. `python -m experiments.cores`, {config.rounds} turns of",
-        f"{config.steps} steps each.",
+        "over that on two cores. How much a second core gains differs from machine to machine.",
+        f"`python -m experiments.cores --rounds {config.rounds} --steps {config.steps}`, jax",
+        f"{jax.__version__}, `{platform.machine()}`.",
         "",
         f"| model | {' | '.join(WAYS)} |",
         "|---|" + "---:|" * len(WAYS),

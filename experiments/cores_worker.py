@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxlib import xla_client
 
 import pockjax as pj
-from experiments.speed.problem import Problem, read
+from experiments.speed.problem import Problem, as_torch, entries, read
 from experiments.speed.worker import Made, work
 
 FAR = 1e-3
@@ -45,6 +46,7 @@ def make(name: str, folder: Path, rate: float) -> Callable[[], Made]:
     loss, params, batch = read(problem, folder)
     mask, parts = pj.mask(params, problem.rules), int(name)
     packed, unravel = ravel_pytree(pj.pack(params, mask))
+    trained = [entry is not False for entry in entries(problem, params)]
 
     def gradient(packed: jax.Array, params: Any, *batch: Any) -> jax.Array:
         """Loss and gradient in a row: one array to move, whatever the number of leaves."""
@@ -66,7 +68,8 @@ def make(name: str, folder: Path, rate: float) -> Callable[[], Made]:
                 [device] = xla_client.make_cpu_client(num_devices=1, asynchronous=True).devices()
                 rows = [x[k * n : (k + 1) * n] for x in batch]
                 given = jax.device_put((held, params, *rows), device)
-                compiled = jax.jit(pj.rewrite(gradient)).lower(*given).compile()
+                with jax.default_device(device):  # forms are timed where they will run
+                    compiled = jax.jit(pj.rewrite(gradient)).lower(*given).compile()
             lanes.append((device, given[1:], compiled))
 
         def gradients() -> list[Any]:
@@ -83,13 +86,17 @@ def make(name: str, folder: Path, rate: float) -> Callable[[], Made]:
             held, value = apply(held, gradients())
             return jax.block_until_ready(value)
 
-        return Made(step)
+        def weights() -> dict[str, np.ndarray]:
+            return as_torch(problem, pj.unpack(params, unravel(held), mask), trained)
+
+        return Made(step, weights)
 
     return build
 
 
-def _same(expected: Any, found: Any) -> None:
-    """Raises ValueError if arrays differ by more than rounding."""
+def _same(expected: jax.Array, found: jax.Array) -> None:
+    """Raises ValueError if gradients differ by more than rounding."""
+    expected, found = expected[:-1], found[:-1]  # without the loss, which is far larger
     far = float(jnp.max(jnp.abs(expected - found)) / jnp.max(jnp.abs(expected)))
     if not far <= FAR:
         raise ValueError(f"the gradient of the parts differs from the whole's by {far:.1e}")

@@ -112,6 +112,8 @@ class Process:
     ):
         """Start it on `threads` processors from the first on, or from another."""
         processors = sorted(os.sched_getaffinity(0))[first : first + threads]
+        if not processors:
+            raise ValueError(f"there is no processor number {first}")
         # A file, not a pipe: a talkative worker must not wait for somebody to read.
         self._complaints: IO[str] = tempfile.TemporaryFile("w+", errors="replace")
         self._process = subprocess.Popen(
