@@ -101,7 +101,8 @@ def test_equals_the_whole(name: str, pieces: int) -> None:
     assert "scan" in {eqn.primitive.name for eqn in pieced.jaxpr.eqns}
     assert len(front.outvars) >= 1
     arrays = [params["front"], params["head"], x, y]
-    np.testing.assert_allclose(values(pieced, *arrays), values(primal, *arrays), rtol=1e-5)
+    # The sine of sums in the tens, which another number of rows may add up in another order.
+    np.testing.assert_allclose(values(pieced, *arrays), values(primal, *arrays), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MIXED)
