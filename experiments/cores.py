@@ -6,13 +6,12 @@
 - on one core, and on two;
 - on two that never sleep: another process of the lowest priority runs on each whenever nothing else
   does, so that a thread need not wait until its core has woken up;
-- in one process with the gradient of half of the batch on each core (`experiments.cores_worker`);
+- in one process with the gradient of half of the batch on each core (`experiments.speed.parts`);
 - on each core a step of half of the batch, in two processes that share nothing: about what could be
   attained, though each does by itself what does not depend on the batch.
 """
 
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,13 +20,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
 from experiments.speed.__main__ import read_config
+from experiments.speed.limits import machine
 from experiments.speed.peers import OURS, PEERS, Process, surroundings
 from experiments.speed.problem import write
 from pockjax._files import replacing
@@ -76,16 +74,15 @@ def measure(name: str, config: Config) -> dict[str, list[float]]:
             folder.mkdir()
             write(replace(problem, batch=batch), folder)
 
-        usual = PEERS[OURS].command(OURS, whole, "time")
-
-        def start(command: list[str], cores: int, first: int = 0) -> Process:
+        def start(peer: str, folder: Path, cores: int, first: int = 0) -> Process:
+            command = PEERS[peer].command(peer, folder, "time")
             process = Process(command, surroundings(cores, "hugepages"), cores, first)
             stack.enter_context(process).answer()
             return process
 
-        alone, both = start(usual, 1), start(usual, 2)
-        pair = [start(PEERS[OURS].command(OURS, half, "time"), 1, core) for core in range(2)]
-        apart = start([*usual[:5], "experiments.cores_worker", "2", str(whole), "time"], 2)
+        alone, both = start(OURS, whole, 1), start(OURS, whole, 2)
+        apart = start("pockjax-parts", whole, 2)
+        pair = [start(OURS, half, 1, core) for core in range(2)]
         pool = stack.enter_context(ThreadPoolExecutor(2))
 
         def steps(process: Process) -> list[float]:
@@ -96,7 +93,7 @@ def measure(name: str, config: Config) -> dict[str, list[float]]:
                 return steps(both)
 
         def halves() -> list[float]:
-            return [max(pair) for pair in zip(*pool.map(steps, pair), strict=True)]
+            return [max(taken) for taken in zip(*pool.map(steps, pair), strict=True)]
 
         turns: tuple[Callable[[], list[float]], ...] = (
             lambda: steps(alone),
@@ -148,13 +145,13 @@ def main(config: Config) -> None:
     head = [
         "Milliseconds of a step of each published scheme: median, 10th and 90th percentile, and",
         "over that on two cores. How much a second core gains differs from machine to machine.",
-        f"`python -m experiments.cores --rounds {config.rounds} --steps {config.steps}`, jax",
-        f"{jax.__version__}, `{platform.machine()}`.",
+        f"`python -m experiments.cores --rounds {config.rounds} --steps {config.steps}`, where a",
+        f"large product runs at {machine()['flops_per_second'] / 1e9:.0f} GFLOP/s on all cores.",
         "",
         f"| model | {' | '.join(WAYS)} |",
         "|---|" + "---:|" * len(WAYS),
     ]
-    lines: list[Any] = []
+    lines: list[str] = []
     for name in config.only:
         lines.append(row(name, measure(name, config)))
         with replacing(config.out) as path:

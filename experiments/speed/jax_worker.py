@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import pockjax as pj
+from experiments.speed.parts import step_in_parts
 from experiments.speed.problem import Problem, as_torch, entries, read
 from experiments.speed.worker import Made, work
 from pockjax.costs import CompiledCost, flops_of
@@ -44,6 +45,8 @@ def make(name: str, folder: Path, rate: float) -> Callable[[], Made]:
                 prefix, suffix = pj.split(loss, mask)
                 features = jax.block_until_ready(jax.jit(prefix)(params, *batch))
                 return _sparse(suffix, params, (features,), mask, rate, weights_of)
+            case "pockjax-parts":
+                return step_in_parts(loss, params, batch, mask, rate, weights_of)
         raise ValueError(f"no peer is named {name!r}")
 
     return build

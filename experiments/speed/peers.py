@@ -74,6 +74,7 @@ PEERS = {
     "pockjax-unrewritten": Peer("", "scheme"),
     "pockjax": Peer("", "scheme"),
     "pockjax-cached": Peer("", "scheme"),
+    "pockjax-parts": Peer("", "scheme"),
     "pockjax-forward": Peer("", "nothing"),
     "torch-full": Peer("torch", "everything"),
     "torch-leaves": Peer("torch", "leaves"),

@@ -1,14 +1,15 @@
-"""The pure parts of ``experiments/cores``, and its worker on a tiny problem."""
+"""``experiments/cores``, and the step in parts that it times."""
 
 import os
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from experiments import cores, cores_worker
-from experiments.speed.peers import OURS, PEERS, Process, surroundings
+from experiments import cores
+from experiments.speed.parity import compare
+from experiments.speed.parts import step_in_parts
+from experiments.speed.peers import PEERS, REFERENCE, Process, surroundings
 from experiments.speed.problem import Problem, write
 
 
@@ -29,25 +30,17 @@ def test_cores_are_kept_awake_only_inside() -> None:
             os.kill(pid, 0)
 
 
-def test_parts_must_have_the_gradient_of_the_whole() -> None:
-    expected = jnp.array([1e-3, 2e-3, 7.0])  # the loss comes last
-    cores_worker._same(expected, expected + 1e-7)
-    with pytest.raises(ValueError, match="differs from the whole's by 5.0e-01"):
-        cores_worker._same(expected, expected + 1e-3)
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_parts_on_cores_take_the_step_of_the_whole_batch(tmp_path: Path) -> None:
-    write(Problem("mcunet-5fps", "mcunet_99kb", batch=2, size=32), tmp_path)
-    usual = PEERS[OURS].command(OURS, tmp_path, "check")
-    parts = [*usual[:5], "experiments.cores_worker", "2", str(tmp_path), "check"]
-    losses = []
-    for command in (usual, parts):
+def test_a_step_in_parts_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    write(Problem("mcunet-5fps", "mcunet_99kb", batch=4, size=32), tmp_path)
+    losses = {}
+    for peer in (REFERENCE, "pockjax-parts"):
+        command = PEERS[peer].command(peer, tmp_path, "check")
         with Process(command, surroundings(2, "plain"), 2) as process:
-            losses.append(process.answer()["loss"])
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-    with np.load(tmp_path / f"{OURS}.npz") as whole, np.load(tmp_path / "2.npz") as both:
-        assert set(whole) == set(both)
-        for name in whole:  # at a rate so large that they are the gradient
-            far = np.max(np.abs(whole[name] - both[name])) / np.max(np.abs(whole[name]))
-            assert far < 1e-3, name
+            losses[peer] = process.answer()["loss"]
+    assert compare(losses, tmp_path)["pockjax-parts"] < 1e-3
+
+
+def test_a_batch_that_has_no_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(ValueError, match="a batch of 3 has no 2 equal parts"):
+        step_in_parts(None, None, (jnp.ones((3, 2)),), None, 0.1, None)
