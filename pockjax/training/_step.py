@@ -84,7 +84,8 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
             for the least memory too, as predicted.
         rewrites: how to find faster forms of convolutions, on a CPU (see `pockjax.rewrite`):
             ``"measured"`` times them once on each machine, about a second for each new kind of
-            convolution; ``"guessed"`` takes the likeliest; ``"none"`` leaves all as it is.
+            convolution; ``"guessed"`` takes the likeliest; ``"none"`` leaves all as it is, as does
+            a mesh of several devices.
         updates: ``"early"`` writes a parameter as soon as its gradient is there and nothing reads
             it any more, so that gradients are not held until the end; what an optimizer computes
             from all gradients, such as a global norm, is waited for. ``"late"`` writes all of them
@@ -136,7 +137,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         front, fun, batch = behind_the_front(fun, mask, params, batch, options)
     update = options.update(fun, mask, tx, params, batch, remat)
     rewriter = Rewriter(measure=rewrites == "measured")
-    if rewrites == "none" or update.shardings is not None or jax.default_backend() not in BACKENDS:
+    if rewrites == "none" or update.is_spread or jax.default_backend() not in BACKENDS:
         rewriter = None
     update = least_memory(update, options, rewriter)
     programs = {

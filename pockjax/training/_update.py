@@ -328,10 +328,18 @@ class Update:
     @cached_property
     def shardings(self) -> State | None:
         """Where the arrays of the state live, before and after a step; None if JAX may choose."""
-        home = home_of(self.params, self.batch)
-        if home is None:
+        if self._home is None:
             return None
-        return shardings_of(self._state_shapes, self.mask.tree(self.mask.indices), home)
+        return shardings_of(self._state_shapes, self.mask.tree(self.mask.indices), self._home)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether arrays are spread over the devices of a mesh."""
+        return isinstance(self._home, jax.sharding.NamedSharding) and self._home.mesh.size > 1
+
+    @cached_property
+    def _home(self) -> Any:
+        return home_of(self.params, self.batch)
 
     @cached_property
     def _state_shapes(self) -> State:

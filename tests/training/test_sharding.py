@@ -93,3 +93,35 @@ def test_another_device_than_the_first() -> None:
     state = run(params, MASKS["traced"], x)
     assert {d for leaf in jax.tree.leaves(state) for d in leaf.devices()} == {device}
     chex.assert_trees_all_close(state.params, run(PARAMS, MASKS["traced"], X).params, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["the usual device", "another device", "a mesh of one"])
+def test_convolutions_are_rewritten_wherever_one_device_has_all(where: str) -> None:
+    home = {
+        "the usual device": jax.devices()[0],
+        "another device": jax.devices()[-1],
+        "a mesh of one": NamedSharding(
+            jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,)), P()
+        ),
+    }[where]
+
+    def fun(params: Any, x: Any) -> Any:
+        names = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(
+            x, params["w"], (1, 1), "SAME", dimension_numbers=names, feature_group_count=8
+        )
+        return jnp.mean(x**2)
+
+    params, x = {"w": jnp.linspace(-1, 1, 72).reshape(3, 3, 1, 8)}, jnp.ones((2, 16, 16, 8))
+    options: dict[str, Any] = {"rewrites": "guessed"}
+    usual = pj.compile(fun, True, optax.sgd(0.1), params, x, **options)
+    there = jax.device_put((params, x), home)
+    step = pj.compile(fun, True, optax.sgd(0.1), *there, **options)
+    forms = [choice.form for choice in usual.report.rewrites]
+    assert forms == [choice.form for choice in step.report.rewrites] != []
+    state, _ = step(step.init(there[0]), there[1])
+    expected, _ = usual(usual.init(params), x)
+    chex.assert_trees_all_close(
+        jax.device_get(state.params), jax.device_get(expected.params), rtol=1e-5
+    )
+    assert state.params["w"].devices() == there[0]["w"].devices()
