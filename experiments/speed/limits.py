@@ -7,6 +7,7 @@ cache as far as they fit. Convolutions that are still there after the rewrites c
 """
 
 import json
+import platform
 import sys
 import time
 from collections import Counter
@@ -109,6 +110,21 @@ def machine(size: int = 2048, words: int = 2**25) -> dict[str, float]:
     return {"flops_per_second": rate, "bytes_per_second": 3 * held.nbytes / best_of(once)}
 
 
+def processor() -> str:
+    """What the system tells of the processor, as far as it does."""
+    asked = ("model name", "model", "stepping", "cpu MHz", "cache size")
+    told: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = (part.strip() for part in line.partition(":"))
+            if name in asked:
+                told.setdefault(name, value)
+    except OSError:
+        return platform.processor()
+    named = told.pop("model name", platform.machine())
+    return ", ".join([named, *(f"{name} {value}" for name, value in told.items())])
+
+
 def main(folder: Path) -> None:
     """Measure and print."""
     problem = Problem(**json.loads((folder / "question.json").read_text()))
@@ -118,7 +134,7 @@ def main(folder: Path) -> None:
     overhead = best_of(lambda: jax.block_until_ready(tiny(zero)))
     mask = pj.mask(params, problem.rules)
     known: dict[str, float] = {}
-    found: dict[str, Any] = {"machine": machine()}
+    found: dict[str, Any] = {"machine": {"processor": processor(), **machine()}}
     for name, fun in {
         "forward": pj.rewrite(loss),
         "step": pj.rewrite(pj.value_and_grad(loss, mask)),

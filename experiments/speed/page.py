@@ -25,7 +25,8 @@ def page(results: Results) -> str:
         "the gradients were found equal. Milliseconds are medians, with the 10th and 90th",
         "percentile; build time is that of compiling and of the first step. *Peak* is resident",
         "memory of a step above that of the peer with all weights loaded and all compiled;",
-        "*XLA* is argument + output − alias + temp.",
+        "*XLA* is argument + output − alias + temp. Tables are of the machines that they name, some of",
+        "different ones: the rate of a large product tells them apart.",
         "",
         "## Ratios",
         "",
@@ -37,6 +38,9 @@ def page(results: Results) -> str:
         for threads, result in sorted(by_threads.items()):
             worst = ", ".join(f"{who} {far:.0e}" for who, far in result["differences"].items())
             lines += ["", f"Largest relative difference from plain JAX, {_t(threads)}: {worst}."]
+            machine = result["limits"]["machine"]
+            if "processor" in machine:  # results from before have none
+                lines += ["", f"Processor, {_t(threads)}: {machine['processor']}."]
     return "\n".join(lines) + "\n"
 
 
@@ -74,8 +78,10 @@ def _summary(results: Results) -> list[str]:
             cells = [_judged(key, result, found) for key in SUMMARY]
             asked = [_asked(key, result["targets"]) for key in SUMMARY]
             both = [f"{c} ({a})" if a else c for c, a in zip(cells, asked, strict=True)]
-            rows.append([name, str(threads), *both])
-    return _table(["model", "threads", *(LABELS[key] for key in SUMMARY)], rows)
+            rate = result["limits"]["machine"]["flops_per_second"]
+            rows.append([name, str(threads), *both, f"{rate / 1e9:.0f}"])
+    heads = ["model", "threads", *(LABELS[key] for key in SUMMARY), "a large product, GFLOP/s"]
+    return _table(heads, rows)
 
 
 def _peers(by_threads: Mapping[int, Mapping[str, Any]]) -> list[str]:

@@ -49,7 +49,7 @@ def result(threads: int = 2) -> dict[str, Any]:
         "absent": {"ort-full": "no .venv-ort/bin/python"},
         "differences": {"loss": 1e-7, "pockjax": 2e-6},
         "limits": {
-            "machine": {"flops_per_second": 1e11, "bytes_per_second": 1e10},
+            "machine": {"processor": "X1", "flops_per_second": 1e11, "bytes_per_second": 1e10},
             "forward": limit,
             "step": limit,
         },
@@ -97,6 +97,7 @@ def test_the_page_says_what_is_met_missed_not_measured_and_absent() -> None:
     assert "not measured (≥ 1.4)" in text
     assert "| PyTorch full ÷ ours | ≥ 2 | 2.50 met | 2.50 met |" in text
     assert "no .venv-ort/bin/python" in text
+    assert "Processor, 2 threads: X1." in text
     assert "ms, 1 thread " in text and "ms, 2 threads " in text
 
 
