@@ -53,6 +53,7 @@ __all__ = [
     "primal_of",
     "scan_arity",
     "shape_of",
+    "spreads",
     "subjaxprs",
     "type_context",
     "with_subjaxprs",
@@ -77,10 +78,10 @@ def dtype_of(atom: Any) -> Any:
 def is_sharded(eqn: JaxprEqn) -> bool:
     """Whether types say how an equation's arrays are spread over a mesh."""
     types = (getattr(v.aval, "sharding", None) for v in (*eqn.invars, *eqn.outvars))
-    return any(sharding is not None and _spreads(sharding.mesh) for sharding in types)
+    return any(sharding is not None and spreads(sharding.mesh) for sharding in types)
 
 
-def _spreads(mesh: Any) -> bool:
+def spreads(mesh: Any) -> bool:
     """Whether there is anything to spread over, or types would have to say so all the same."""
     return not mesh.empty and (mesh.size > 1 or not mesh.are_all_axes_auto)
 

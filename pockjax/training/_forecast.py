@@ -69,7 +69,7 @@ def _may_be_divided(update: Update, options: Options, rewriter: Rewriter | None)
 
     Quick to tell for most: what the backward pass reads is more than the front ever needs.
     """
-    if jax.default_backend() != "cpu" or update.remat or update.shardings is not None:
+    if jax.default_backend() != "cpu" or update.remat or update.is_spread:
         return False
     for pieces in range(2, options.front_pieces + 1):
         try:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pockjax.masks import Block, resolve
@@ -19,15 +18,13 @@ def home_of(*trees: PyTree) -> Any:
         *trees: shapes with the shardings that were chosen for them.
 
     Returns:
-        A sharding; None if nothing was put anywhere but where JAX puts things.
+        A sharding; None if nothing was put anywhere, and all is where JAX puts things.
     """
     shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(trees)]
     for sharding in shardings:
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.Mesh):
             return NamedSharding(sharding.mesh, PartitionSpec())
-    usual = jnp.zeros(()).devices()
-    apart = (isinstance(s, SingleDeviceSharding) and s.device_set != usual for s in shardings)
-    return next((s for s, yes in zip(shardings, apart, strict=True) if yes), None)
+    return next((s for s in shardings if isinstance(s, SingleDeviceSharding)), None)
 
 
 def shardings_of(state: State, mask: PyTree, home: Any) -> State:

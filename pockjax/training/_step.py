@@ -1,5 +1,6 @@
 """The compiled training step: built once from a function and a mask, run many times."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +34,7 @@ from pockjax.training._trees import difference, shapes_of
 from pockjax.training._update import Update
 
 PyTree = Any
+_log = logging.getLogger("pockjax")
 
 
 def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
@@ -84,8 +86,8 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
             for the least memory too, as predicted.
         rewrites: how to find faster forms of convolutions, on a CPU (see `pockjax.rewrite`):
             ``"measured"`` times them once on each machine, about a second for each new kind of
-            convolution; ``"guessed"`` takes the likeliest; ``"none"`` leaves all as it is, as does
-            a mesh of several devices.
+            convolution; ``"guessed"`` takes the likeliest; ``"none"`` leaves all as it is. So does
+            a mesh of several devices, or one with explicit axes, as the log says.
         updates: ``"early"`` writes a parameter as soon as its gradient is there and nothing reads
             it any more, so that gradients are not held until the end; what an optimizer computes
             from all gradients, such as a global norm, is waited for. ``"late"`` writes all of them
@@ -137,8 +139,15 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
         front, fun, batch = behind_the_front(fun, mask, params, batch, options)
     update = options.update(fun, mask, tx, params, batch, remat)
     rewriter = Rewriter(measure=rewrites == "measured")
-    if rewrites == "none" or update.is_spread or jax.default_backend() not in BACKENDS:
+    if rewrites == "none" or jax.default_backend() not in BACKENDS:
         rewriter = None
+    elif update.is_spread:
+        rewriter = None
+        _log.warning(
+            "the arrays lie on a mesh, so all operations stay as they are, which on a CPU can take "
+            "many times as long; put them on one device, or on a mesh of one whose axis_types are "
+            "Auto"
+        )
     update = least_memory(update, options, rewriter)
     programs = {
         name: Program(name == "kept", updates == "early", rewriter) for name in variants(residuals)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from pockjax._compat import Jaxpr, eval_jaxpr
+from pockjax._compat import Jaxpr, eval_jaxpr, spreads
 from pockjax.autodiff import (
     Arrays,
     IndexedMask,
@@ -334,8 +334,8 @@ class Update:
 
     @property
     def is_spread(self) -> bool:
-        """Whether arrays are spread over the devices of a mesh."""
-        return isinstance(self._home, jax.sharding.NamedSharding) and self._home.mesh.size > 1
+        """Whether arrays are spread over the devices of a mesh, or have types that say so."""
+        return isinstance(self._home, jax.sharding.NamedSharding) and spreads(self._home.mesh)
 
     @cached_property
     def _home(self) -> Any:

@@ -204,6 +204,21 @@ def test_pieces_of_microbatches_and_of_several_steps() -> None:
     np.testing.assert_allclose(state.params["head"], expected.params["head"], rtol=1e-5)
 
 
+def test_in_pieces_on_whatever_device() -> None:
+    params, mask, batch = wide()
+    options: dict[str, Any] = {"front_pieces": 4, "rewrites": "none"}
+    usual = pj.compile(network, mask, optax.adam(0.1), params, *batch, **options)
+    for device in (jax.devices()[0], jax.devices()[-1]):
+        there = jax.device_put((params, *batch), device)
+        step = pj.compile(network, mask, optax.adam(0.1), *there, **options)
+        assert step.report.front_pieces == usual.report.front_pieces > 1
+        assert step.report.compiled.temp_bytes == usual.report.compiled.temp_bytes
+        state, metrics = step(step.init(there[0]), *there[1:])
+        _, expected = usual(usual.init(params), *batch)
+        np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-5)
+        assert state.step.devices() == {device}
+
+
 def test_not_in_pieces_where_that_saves_nothing() -> None:
     params, _, batch = wide()
     everything = pj.compile(network, True, optax.sgd(0.1), params, *batch, front_pieces=4)

@@ -125,3 +125,25 @@ def test_convolutions_are_rewritten_wherever_one_device_has_all(where: str) -> N
         jax.device_get(state.params), jax.device_get(expected.params), rtol=1e-5
     )
     assert state.params["w"].devices() == there[0]["w"].devices()
+    moved, _ = step(step.init(jax.device_put(params, jax.devices()[2])), there[1])
+    assert moved.params["w"].devices() == there[0]["w"].devices()
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_what_a_mesh_leaves_as_it_is_the_log_says(axis_type: Any, caplog: Any) -> None:
+    mesh = jax.make_mesh((1 if axis_type is AxisType.Explicit else 2,), ("d",), (axis_type,))
+    params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+    pj.compile(loss, True, optax.sgd(0.1), params, jax.device_put(X, NamedSharding(mesh, P())))
+    assert "on a mesh" in caplog.text
+    caplog.clear()
+    pj.compile(loss, True, optax.sgd(0.1), PARAMS, X)
+    assert "on a mesh" not in caplog.text
+
+
+def test_costs_are_predicted_inside_a_trace() -> None:
+    def predicted(x: jax.Array) -> jax.Array:
+        costs = pj.CostModel(loss, optax.sgd(0.1), PARAMS, jax.ShapeDtypeStruct(X.shape, X.dtype))
+        assert costs.predict(True).memory_bytes > 0
+        return x
+
+    jax.jit(predicted)(X)
