@@ -7,7 +7,6 @@ cache as far as they fit. Convolutions that are still there after the rewrites c
 """
 
 import json
-import platform
 import sys
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cpuinfo import get_cpu_info
 
 import pockjax as pj
 from experiments.speed.problem import Problem, read
@@ -111,18 +111,10 @@ def machine(size: int = 2048, words: int = 2**25) -> dict[str, float]:
 
 
 def processor() -> str:
-    """What the system tells of the processor, as far as it does."""
-    asked = ("model name", "model", "stepping", "cpu MHz", "cache size")
-    told: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = (part.strip() for part in line.partition(":"))
-            if name in asked:
-                told.setdefault(name, value)
-    except OSError:
-        return platform.processor()
-    named = told.pop("model name", platform.machine())
-    return ", ".join([named, *(f"{name} {value}" for name, value in told.items())])
+    """What is known of the processor, in words."""
+    known = get_cpu_info()
+    asked = ("brand_raw", "model", "stepping", "hz_advertised_friendly", "l3_cache_size")
+    return ", ".join(f"{name} {known[name]}" for name in asked if name in known)
 
 
 def main(folder: Path) -> None:

@@ -5,9 +5,7 @@ them. Here each part of the batch has a client of its own, whose pool is one thr
 usual client applies the mean of the gradients. Clients are made by a function of jaxlib that is not
 public, which is why this is an experiment: it shows what such a step would gain. Unlike a step of
 `pockjax.compile`, it copies the trained parameters to each part and the gradients back, leaves the
-library for products to XLA, and computes its frozen front in one piece. Programs that see the
-parameters where they are, and an update that reads the gradients where they are, gained no more on
-two cores: to call three programs with a hundred arrays or more each costs 3 to 6 ms in a step.
+library for products to XLA, and computes its frozen front in one piece.
 """
 
 import os

@@ -22,7 +22,7 @@ from pockjax.costs import (
     work_of,
 )
 from pockjax.masks import resolve
-from pockjax.rewrites import BACKENDS, Rewriter
+from pockjax.rewrites import Rewriter
 from pockjax.training._forecast import Forecast, forecast
 from pockjax.training._program import Options
 from pockjax.training._step import Step
@@ -93,9 +93,7 @@ class CostModel:
 
     @cached_property
     def _rewriter(self) -> Rewriter | None:
-        if self._options.rewrites == "none" or jax.default_backend() not in BACKENDS:
-            return None
-        return Rewriter(measure=self._options.rewrites == "measured")
+        return self._options.rewriter(self._update)
 
     def _update_of(self, mask: PyTree, remat: Plan | bool = ()) -> Update:
         """The update of a mask; shares the trace of the loss."""

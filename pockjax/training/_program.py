@@ -16,7 +16,7 @@ from pockjax.autodiff import IndexedMask, Plan, inlined, is_array
 from pockjax.costs import best_order, count_flops
 from pockjax.masks import resolve
 from pockjax.prefix import Features, Front, split
-from pockjax.rewrites import DEFAULT_LIBRARY, LIBRARIES, Rewriter, fastest
+from pockjax.rewrites import BACKENDS, DEFAULT_LIBRARY, LIBRARIES, Rewriter, fastest
 from pockjax.training._state import Metrics, State
 from pockjax.training._trees import check_batch, made_up, shapes_of
 from pockjax.training._update import Update
@@ -90,6 +90,19 @@ class Options:
             fun, IndexedMask.of(mask), tx, shapes_of(params), batch, self.has_aux, self.accumulate,
             self.key, self.merge_aux, dtype, remat,
         )  # fmt: skip
+
+    def rewriter(self, update: Update) -> Rewriter | None:
+        """What finds faster forms for a step; None if all stays as it is."""
+        if self.rewrites == "none" or jax.default_backend() not in BACKENDS:
+            return None
+        if update.is_spread:
+            _log.warning(
+                "the arrays lie on a mesh, so all operations stay as they are, which on a CPU can "
+                "take many times as long; put them on one device, or on a mesh of one whose "
+                "axis_types are Auto"
+            )
+            return None
+        return Rewriter(measure=self.rewrites == "measured")
 
 
 def behind_the_front(

@@ -1,6 +1,5 @@
 """The compiled training step: built once from a function and a mask, run many times."""
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pockjax.autodiff import IndexedMask, Plan, is_array
 from pockjax.costs import CompiledCost, Prediction
 from pockjax.masks import MaskError, Scheme, pack, resolve
 from pockjax.prefix import Front
-from pockjax.rewrites import BACKENDS, Choice, Rewriter
+from pockjax.rewrites import Choice
 from pockjax.training._forecast import least_memory
 from pockjax.training._measure import Measurement, measured
 from pockjax.training._program import (
@@ -34,7 +33,6 @@ from pockjax.training._trees import difference, shapes_of
 from pockjax.training._update import Update
 
 PyTree = Any
-_log = logging.getLogger("pockjax")
 
 
 def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
@@ -138,16 +136,7 @@ def compile(  # noqa: A001  (named as what jax.stages does: lower, then compile)
     if prefix:
         front, fun, batch = behind_the_front(fun, mask, params, batch, options)
     update = options.update(fun, mask, tx, params, batch, remat)
-    rewriter = Rewriter(measure=rewrites == "measured")
-    if rewrites == "none" or jax.default_backend() not in BACKENDS:
-        rewriter = None
-    elif update.is_spread:
-        rewriter = None
-        _log.warning(
-            "the arrays lie on a mesh, so all operations stay as they are, which on a CPU can take "
-            "many times as long; put them on one device, or on a mesh of one whose axis_types are "
-            "Auto"
-        )
+    rewriter = options.rewriter(update)
     update = least_memory(update, options, rewriter)
     programs = {
         name: Program(name == "kept", updates == "early", rewriter) for name in variants(residuals)

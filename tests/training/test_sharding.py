@@ -127,6 +127,8 @@ def test_convolutions_are_rewritten_wherever_one_device_has_all(where: str) -> N
     assert state.params["w"].devices() == there[0]["w"].devices()
     moved, _ = step(step.init(jax.device_put(params, jax.devices()[2])), there[1])
     assert moved.params["w"].devices() == there[0]["w"].devices()
+    predicted = pj.CostModel(fun, optax.sgd(0.1), *there, **options).predict(True)
+    assert predicted.memory_bytes == pytest.approx(step.report.predicted_total_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
