@@ -16,7 +16,7 @@ from pockjax._files import cache_folder, replacing
 
 _FORMAT = 2  # to be raised when a form changes, so that earlier timings are forgotten
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
-_HOPELESS = 3.0  # times slower than the best: not run again
+_HOPELESS = 3.0  # times slower than the best, twice: not run again
 
 _log = logging.getLogger("pockjax")
 
@@ -40,8 +40,9 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, 
             start = time.perf_counter()
             runs[name]()
             fastest[name] = min(fastest[name], time.perf_counter() - start)
-        limit = _HOPELESS * min(fastest.values())
-        racing = [name for name in racing if fastest[name] <= limit]
+        if done:  # one run may have been disturbed
+            limit = _HOPELESS * min(fastest.values())
+            racing = [name for name in racing if fastest[name] <= limit]
         spent = time.perf_counter() - begun
         if done + 1 >= _LEAST_ROUNDS and spent > seconds * len(racing):
             break

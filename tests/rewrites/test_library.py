@@ -84,3 +84,17 @@ def test_programs_run_in_turn():
     seconds = in_turn(runs, 0.0)
     assert seconds.keys() == {"a", "b"} and all(0 <= s < 1 for s in seconds.values())
     assert order[:4] == list("abab")
+
+
+def test_a_program_is_given_up_after_two_slow_runs_not_after_one(monkeypatch):
+    took = {"steady": [2.0], "disturbed": [1000.0, 1.0], "slow": [1000.0, 900.0, 0.0]}
+    clock, runs_of = [0.0], dict.fromkeys(took, 0)
+
+    def run(name):
+        turn = runs_of[name] - 1  # the first is not timed
+        clock[0] += 0.0 if turn < 0 else took[name][min(turn, len(took[name]) - 1)]
+        runs_of[name] += 1
+
+    monkeypatch.setattr("pockjax.rewrites._timing.time.perf_counter", lambda: clock[0])
+    runs = {name: lambda name=name: run(name) for name in took}
+    assert in_turn(runs, 1e9) == {"steady": 2.0, "disturbed": 1.0, "slow": 900.0}
