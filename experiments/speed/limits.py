@@ -113,8 +113,9 @@ def machine(size: int = 2048, words: int = 2**25) -> dict[str, float]:
 def processor() -> str:
     """What is known of the processor, in words."""
     known = get_cpu_info()
-    asked = ("brand_raw", "model", "stepping", "hz_advertised_friendly", "l3_cache_size")
-    return ", ".join(f"{name} {known[name]}" for name in asked if name in known)
+    words = [known.get("brand_raw", "unknown")]
+    words += [f"{name} {known[name]}" for name in ("family", "model", "stepping") if name in known]
+    return ", ".join([*words, known.get("hz_advertised_friendly", "")]).rstrip(", ")
 
 
 def main(folder: Path) -> None:

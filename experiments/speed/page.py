@@ -40,7 +40,8 @@ def page(results: Results) -> str:
             lines += ["", f"Largest relative difference from plain JAX, {_t(threads)}: {worst}."]
             machine = result["limits"]["machine"]
             if "processor" in machine:  # results from before have none
-                lines += ["", f"Processor, {_t(threads)}: {machine['processor']}."]
+                awake = ", kept awake" if result.get("awake") else ""
+                lines += ["", f"Processor, {_t(threads)}: {machine['processor']}{awake}."]
     return "\n".join(lines) + "\n"
 
 
