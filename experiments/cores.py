@@ -11,9 +11,12 @@
   attained, though each does by itself what does not depend on the batch.
 """
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +25,18 @@ import numpy as np
 import tyro
 
 from experiments.speed.__main__ import read_config
-from experiments.speed.awake import kept_awake
 from experiments.speed.limits import machine
 from experiments.speed.peers import OURS, PEERS, Process, surroundings
 from experiments.speed.problem import write
 from pockjax._files import replacing
 
+_BUSY = """
+import os
+parent = os.getppid()
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+print(flush=True)
+while os.getppid() == parent: pass
+"""
 WAYS = (
     "one core",
     "two cores",
@@ -99,6 +108,25 @@ def measure(name: str, config: Config) -> dict[str, list[float]]:
                 found[way] += turn()
             print(f"{name}: round {k + 1} of {config.rounds}", flush=True)
     return found
+
+
+@contextmanager
+def kept_awake(cores: int) -> Iterator[list[int]]:
+    """Processes of the lowest priority, one on each of the first cores; their numbers."""
+    busy: list[subprocess.Popen[bytes]] = []
+    try:
+        for core in sorted(os.sched_getaffinity(0))[:cores]:
+            busy.append(subprocess.Popen([sys.executable, "-c", _BUSY], stdout=subprocess.PIPE))
+            os.sched_setaffinity(busy[-1].pid, [core])
+        for process in busy:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise RuntimeError("this system does not let a process wait for idle cores")
+        yield [process.pid for process in busy]
+    finally:
+        for process in busy:
+            process.kill()
+            process.communicate()
 
 
 def row(name: str, found: dict[str, list[float]]) -> str:

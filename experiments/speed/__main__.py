@@ -25,7 +25,6 @@ import numpy as np
 import tyro
 import yaml
 
-from experiments.speed.awake import kept_awake
 from experiments.speed.page import page, plot
 from experiments.speed.parity import compare
 from experiments.speed.peers import (
@@ -58,8 +57,6 @@ class Config:
         memory: what the C library does with what a step frees, for every peer: keep it for the next
             step, or give it back, with huge pages or small ones. Steps whose temporary arrays are
             large take up to twice the time where each page is taken anew.
-        awake: keep the processors from sleeping, for every peer: what a virtual machine's host does
-            with one that sleeps for a moment disturbs peers of short operations the most.
         again: measure what has been measured too.
         compare_only: stop when losses and gradients have been compared; nothing is written.
         out: folder for the results.
@@ -72,7 +69,6 @@ class Config:
     steps: int = 5
     together: int = 8
     memory: Memory = "hugepages"
-    awake: bool = True
     again: bool = False
     compare_only: bool = False
     out: Path = Path("experiments/results/speed")
@@ -98,7 +94,7 @@ def stamp(config: Config, name: str, threads: int) -> dict[str, Any]:
         "problem": asdict(read_config(name)[0]),
         "peers": [*config.peers],
         "threads": threads,
-        "settings": [config.rounds, config.steps, config.together, config.memory, config.awake],
+        "settings": [config.rounds, config.steps, config.together, config.memory],
     }
 
 
@@ -117,9 +113,7 @@ def run(name: str, threads: int, config: Config) -> dict[str, Any]:
     wanted = [n for n in PEERS if n in (OURS, REFERENCE, *config.peers)]
     absent = {n: why for n in wanted if (why := PEERS[n].missing(kind)) is not None}
     say = _Narrator(f"{name}, {threads} threads")
-    with TemporaryDirectory(prefix="pockjax-speed-") as scratch, ExitStack() as stack:
-        if config.awake:
-            stack.enter_context(kept_awake(threads))
+    with TemporaryDirectory(prefix="pockjax-speed-") as scratch:
         folder = Path(scratch)
         write(problem, folder)
 
@@ -159,7 +153,6 @@ def run(name: str, threads: int, config: Config) -> dict[str, Any]:
         "stamp": stamp(config, name, threads),
         "threads": threads,
         "memory": config.memory,
-        "awake": config.awake,
         "absent": absent,
         "differences": differences,
         "limits": limits,

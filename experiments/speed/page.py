@@ -40,8 +40,7 @@ def page(results: Results) -> str:
             lines += ["", f"Largest relative difference from plain JAX, {_t(threads)}: {worst}."]
             machine = result["limits"]["machine"]
             if "processor" in machine:  # results from before have none
-                awake = ", kept awake" if result.get("awake") else ""
-                lines += ["", f"Processor, {_t(threads)}: {machine['processor']}{awake}."]
+                lines += ["", f"Processor, {_t(threads)}: {machine['processor']}."]
     return "\n".join(lines) + "\n"
 
 

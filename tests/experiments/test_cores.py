@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import cores
-from experiments.speed.awake import kept_awake
 from experiments.speed.parity import compare
 from experiments.speed.parts import step_in_parts
 from experiments.speed.peers import PEERS, REFERENCE, Process, surroundings
@@ -23,7 +22,7 @@ def test_a_row_compares_with_two_cores() -> None:
 
 def test_cores_are_kept_awake_only_inside() -> None:
     cores_here = sorted(os.sched_getaffinity(0))[:2]
-    with kept_awake(2) as busy:
+    with cores.kept_awake(2) as busy:
         assert [os.sched_getscheduler(pid) for pid in busy] == [os.SCHED_IDLE] * len(cores_here)
         assert [os.sched_getaffinity(pid) for pid in busy] == [{core} for core in cores_here]
     for pid in busy:
