@@ -10,15 +10,16 @@ reason. What was measured with the same versions and settings is not measured ag
 
 import hashlib
 import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,10 +37,12 @@ from experiments.speed.peers import (
     Process,
     surroundings,
 )
+from experiments.speed.placement import near, there_and_back
 from experiments.speed.problem import Problem, network, write
 from pockjax._files import replacing
 
 CONFIGS = Path("configs/speed")
+_MOST_ROUNDS = 3  # times those asked for
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Config:
         only: names of files in ``configs/speed``; all of them unless given.
         peers: which peers; all of them unless given. pockjax and plain JAX are always among them.
         threads: processors that each peer may use; one table for each number.
-        rounds: how often each peer has its turn.
+        rounds: how often each peer has its turn. Turns while the processors were farther apart than
+            at other times do not count (`experiments.speed.placement`); there are up to twice as
+            many more rounds to make up for them.
         steps: steps in a turn; fewer if they take more than half a minute.
         together: peers that take turns with each other and are in memory at a time. pockjax is
             among them each time, so that ratios are of steps taken in turn.
@@ -142,9 +147,10 @@ def run(name: str, threads: int, config: Config) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         others = [peer for peer in losses if peer != OURS]
         size = max(1, config.together - 1)
+        cores = sorted(os.sched_getaffinity(0))[: min(threads, 2)]
         for k in range(0, len(others), size):
             seated = [OURS, *others[k : k + size]]
-            found, failed = _sitting(seated, start, config, say)
+            found, failed = _sitting(seated, start, config, say, cores)
             absent |= failed
             for peer, figure in found.items():
                 figures.setdefault(peer, figure)
@@ -177,7 +183,7 @@ def _limits(folder: Path, environment: dict[str, str], threads: int) -> dict[str
 
 
 def _sitting(
-    seated: Sequence[str], start: Any, config: Config, say: _Narrator
+    seated: Sequence[str], start: Any, config: Config, say: _Narrator, cores: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Time peers in turn: their figures, and why some have none."""
     failed: dict[str, str] = {}
@@ -192,26 +198,70 @@ def _sitting(
             except PeerError as error:
                 failed[peer] = str(error)
             say(f"{peer}: {failed.get(peer, 'is ready')}")
-        seconds: dict[str, list[float]] = {peer: [] for peer in processes}
-        last: dict[str, dict[str, Any]] = {}
-        for k in range(config.rounds):
-            for peer, process in processes.items():
-                if peer in failed:
-                    continue
-                try:
-                    last[peer] = process.ask(str(config.steps))
-                    seconds[peer] += last[peer]["seconds"]
-                except PeerError as error:
-                    failed[peer] = str(error)
-            say(f"round {k + 1} of {config.rounds}")
+        turns = _turns(processes, failed, config, say, cores)
     if OURS in failed:
         raise RuntimeError(f"{OURS} failed: {failed[OURS]}")
-    ours = float(np.median(seconds[OURS]))
+    there = {peer: turns[peer] for peer in processes if peer not in failed}
+    counted = _counted(there)
+    ours = float(np.median(_seconds(there[OURS], counted[OURS])))
     return {
-        peer: figure(seconds[peer], ours, last[peer], about[peer])
-        for peer in processes
-        if peer not in failed
+        peer: figure(_seconds(own, counted[peer]), ours, own[-1].answer, about[peer])
+        | {"turns": len(own), "turns_apart": counted[peer].count(False)}
+        for peer, own in there.items()
     }, failed
+
+
+class _Turn(NamedTuple):
+    """Steps of a peer, and the way between the first two processors: the longest, in seconds."""
+
+    answer: dict[str, Any]
+    way: float
+
+
+def _turns(
+    processes: Mapping[str, Process],
+    failed: dict[str, str],
+    config: Config,
+    say: _Narrator,
+    cores: Sequence[int],
+) -> dict[str, list[_Turn]]:
+    """Turns of all peers, until each has had enough that count; adds to `failed`."""
+
+    def measured() -> float:
+        return there_and_back(cores) if len(cores) == 2 else 0.0
+
+    way = measured()
+    turns: dict[str, list[_Turn]] = {peer: [] for peer in processes}
+    for k in range(_MOST_ROUNDS * config.rounds):
+        for peer, process in processes.items():
+            if peer in failed:
+                continue
+            try:
+                answer = process.ask(str(config.steps))
+            except PeerError as error:
+                failed[peer] = str(error)
+                continue
+            before, way = way, measured()
+            turns[peer].append(_Turn(answer, max(before, way)))
+        say(f"round {k + 1} of {config.rounds}")
+        counted = _counted({peer: own for peer, own in turns.items() if peer not in failed})
+        if min(map(sum, counted.values()), default=config.rounds) >= config.rounds:
+            break
+    return turns
+
+
+def _counted(turns: Mapping[str, Sequence[_Turn]]) -> dict[str, list[bool]]:
+    """Of each peer's turns, which count: all of a peer of which none would."""
+    if not turns:
+        return {}
+    flags = iter(near([turn.way for own in turns.values() for turn in own]))
+    found = {peer: [next(flags) for _ in own] for peer, own in turns.items()}
+    return {peer: own if any(own) else [True] * len(own) for peer, own in found.items()}
+
+
+def _seconds(turns: Sequence[_Turn], counted: Sequence[bool]) -> list[float]:
+    taken = [turn.answer["seconds"] for turn, yes in zip(turns, counted, strict=True) if yes]
+    return [seconds for steps in taken for seconds in steps]
 
 
 def figure(

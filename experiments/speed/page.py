@@ -41,6 +41,13 @@ def page(results: Results) -> str:
             machine = result["limits"]["machine"]
             if "processor" in machine:  # results from before have none
                 lines += ["", f"Processor, {_t(threads)}: {machine['processor']}."]
+            turns = [figure.get("turns", 0) for figure in result["peers"].values()]
+            left_out = sum(figure.get("turns_apart", 0) for figure in result["peers"].values())
+            if left_out:
+                lines[-1] += (
+                    f" {left_out} of {sum(turns)} turns do not count: the cores were farther apart"
+                    " then."
+                )
     return "\n".join(lines) + "\n"
 
 

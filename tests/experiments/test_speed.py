@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from experiments.speed import peers, ratios
 from experiments.speed.page import page, plot
 from experiments.speed.parity import DisagreementError, compare
 from experiments.speed.peers import PEERS, PeerError, Process
+from experiments.speed.placement import there_and_back
 from experiments.speed.problem import Problem, write
 from experiments.speed.worker import CHECK_RATE
 
@@ -258,3 +260,33 @@ def test_two_peers_are_compared_and_timed(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["limits"]["step"]["flops"] > found["limits"]["forward"]["flops"]
     text = page({"tiny": {1: found | {"targets": {"jax_full": 1.0}}}})
     assert "plain JAX full ÷ ours" in text and "not asked for" in text
+
+
+def test_the_way_between_two_cores_is_measured() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two processors")
+    assert 0 < there_and_back(cores[:2]) < 1e-3
+    assert os.sched_getaffinity(0) == set(cores)
+
+
+def test_turns_with_cores_apart_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = iter([1.0, 1.1, 1.0, 2.0, 1.0, 1.2, 1.0])  # before the first turn, and after each
+    monkeypatch.setattr(speed, "there_and_back", lambda _: next(ways))
+
+    class Peer:
+        def __init__(self) -> None:
+            self.taken = 0
+
+        def ask(self, steps: str) -> dict[str, Any]:
+            self.taken += 1
+            return {"seconds": [float(self.taken)] * int(steps)}
+
+    peers: Any = {"a": Peer(), "b": Peer()}
+    silent: Any = lambda _: None
+    turns = speed._turns(peers, {}, speed.Config(rounds=2, steps=1), silent, [0, 1])
+    # The second turn of a and the one of b after it touch the moment when the cores were apart.
+    assert {peer: len(own) for peer, own in turns.items()} == {"a": 3, "b": 3}
+    counted = speed._counted(turns)
+    assert counted == {"a": [True, False, True], "b": [True, False, True]}
+    assert speed._seconds(turns["a"], counted["a"]) == [1.0, 3.0]
