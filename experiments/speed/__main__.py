@@ -125,7 +125,7 @@ def run(name: str, threads: int, config: Config) -> dict[str, Any]:
         def start(peer: str, asked: str) -> Process:
             return Process(PEERS[peer].command(peer, folder, asked), environment, threads)
 
-        limits = _limits(folder, environment, threads)
+        limits = [_limits(folder, environment, threads)]
         say("the machine's limits are known")
         losses = {}
         for peer in wanted:
@@ -154,6 +154,8 @@ def run(name: str, threads: int, config: Config) -> dict[str, Any]:
             absent |= failed
             for peer, figure in found.items():
                 figures.setdefault(peer, figure)
+        # Products share operands too: they are timed at two moments, and those near cores count.
+        limits.append(_limits(folder, environment, threads))
     return {
         "problem": asdict(problem),
         "stamp": stamp(config, name, threads),
@@ -161,7 +163,7 @@ def run(name: str, threads: int, config: Config) -> dict[str, Any]:
         "memory": config.memory,
         "absent": absent,
         "differences": differences,
-        "limits": limits,
+        "limits": min(limits, key=lambda found: found["step"]["seconds"]),
         "peers": {n: figures[n] for n in wanted if n in figures},
     }
 
