@@ -283,7 +283,9 @@ def test_turns_with_cores_apart_do_not_count(monkeypatch: pytest.MonkeyPatch) ->
             return {"seconds": [float(self.taken)] * int(steps)}
 
     peers: Any = {"a": Peer(), "b": Peer()}
-    turns = speed._turns(peers, {}, speed.Config(rounds=2, steps=1), speed._Narrator("a test"), [0, 1])
+    turns = speed._turns(
+        peers, {}, speed.Config(rounds=2, steps=1), speed._Narrator("a test"), [0, 1]
+    )
     # The second turn of a and the one of b after it touch the moment when the cores were apart.
     assert {peer: len(own) for peer, own in turns.items()} == {"a": 3, "b": 3}
     counted = speed._counted(turns)
