@@ -245,9 +245,10 @@ def _turns(
                 continue
             before, way = way, measured()
             turns[peer].append(_Turn(answer, max(before, way)))
-        say(f"round {k + 1} of {config.rounds}")
         counted = _counted({peer: own for peer, own in turns.items() if peer not in failed})
-        if min(map(sum, counted.values()), default=config.rounds) >= config.rounds:
+        least = min(map(sum, counted.values()), default=config.rounds)
+        say(f"round {k + 1}, of which {least} of {config.rounds} count")
+        if least >= config.rounds:
             break
     return turns
 
