@@ -154,8 +154,11 @@ def run(name: str, threads: int, config: Config) -> dict[str, Any]:
             absent |= failed
             for peer, figure in found.items():
                 figures.setdefault(peer, figure)
-        # Products share operands too: they are timed at two moments, and those near cores count.
-        limits.append(_limits(folder, environment, threads))
+        # At another moment the cores may be nearer; where they are is not measured here.
+        try:
+            limits.append(_limits(folder, environment, threads))
+        except PeerError as error:
+            say(f"the limits were not measured again: {error}")
     return {
         "problem": asdict(problem),
         "stamp": stamp(config, name, threads),
@@ -205,16 +208,22 @@ def _sitting(
         raise RuntimeError(f"{OURS} failed: {failed[OURS]}")
     there = {peer: turns[peer] for peer in processes if peer not in failed}
     counted = _counted(there)
+    if lonely := [peer for peer in there if not any(counted[peer])]:
+        raise RuntimeError(f"the processors were apart at all turns of {', '.join(lonely)}")
     ours = float(np.median(_seconds(there[OURS], counted[OURS])))
     return {
         peer: figure(_seconds(own, counted[peer]), ours, own[-1].answer, about[peer])
-        | {"turns": len(own), "turns_apart": counted[peer].count(False)}
+        | {
+            "turns": len(own),
+            "turns_apart": counted[peer].count(False),
+            "shortest_way": min(turn.way for turn in own),
+        }
         for peer, own in there.items()
     }, failed
 
 
 class _Turn(NamedTuple):
-    """Steps of a peer, and the way between the first two processors: the longest, in seconds."""
+    """Steps of a peer, and the longer of the ways between the processors before and after."""
 
     answer: dict[str, Any]
     way: float
@@ -242,6 +251,8 @@ def _turns(
                 answer = process.ask(str(config.steps))
             except PeerError as error:
                 failed[peer] = str(error)
+                if peer == OURS:
+                    return turns
                 continue
             before, way = way, measured()
             turns[peer].append(_Turn(answer, max(before, way)))
@@ -254,12 +265,9 @@ def _turns(
 
 
 def _counted(turns: Mapping[str, Sequence[_Turn]]) -> dict[str, list[bool]]:
-    """Of each peer's turns, which count: all of a peer of which none would."""
-    if not turns:
-        return {}
+    """Of each peer's turns, which count."""
     flags = iter(near([turn.way for own in turns.values() for turn in own]))
-    found = {peer: [next(flags) for _ in own] for peer, own in turns.items()}
-    return {peer: own if any(own) else [True] * len(own) for peer, own in found.items()}
+    return {peer: [next(flags) for _ in own] for peer, own in turns.items()}
 
 
 def _seconds(turns: Sequence[_Turn], counted: Sequence[bool]) -> list[float]:

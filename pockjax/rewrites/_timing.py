@@ -14,9 +14,9 @@ from typing import Any
 
 from pockjax._files import cache_folder, replacing
 
-_FORMAT = 2  # to be raised when a form changes, so that earlier timings are forgotten
+_FORMAT = 3  # to be raised when a form or its timing changes: earlier timings are forgotten
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
-_HOPELESS = 3.0  # times slower than the best, twice: not run again
+_HOPELESS = 3.0  # times slower than the best in each of two runs: not run again
 
 _log = logging.getLogger("pockjax")
 
