@@ -1,9 +1,9 @@
 """How far apart two cores are, which on a virtual machine changes from minute to minute.
 
 Its host moves a core to another die or socket and back. What one core has written then reaches the
-other eight times more slowly than through a cache that they share, and a step of many short
-parallel operations takes twice the time, while one of long products hardly changes: a ratio of two
-steps says nothing unless both were taken with the cores in the same places.
+other far more slowly than through a cache that they share, and a step of many short parallel
+operations takes much more time, while one of long products hardly changes: a ratio of two steps
+says nothing unless both were taken with the cores in the same places.
 """
 
 import mmap
